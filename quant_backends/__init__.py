@@ -1,0 +1,1 @@
+"""Snug's core: formats, kernels, readers and backends in plain torch, independent of ComfyUI."""

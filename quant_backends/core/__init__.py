@@ -1,0 +1,1 @@
+"""Specs and errors shared by every room of the core; imports nothing but torch."""

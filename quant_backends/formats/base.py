@@ -1,0 +1,112 @@
+"""The base class of every tensor format, and the registry that subclassing fills.
+
+A format cuts the last dimension of a tensor into blocks of `block_size` weights, each stored in
+`block_bytes` bytes. A subclass documents the bit layout in its docstring and implements `decode`; where the
+format can also be written, `encode`. Everything else (checks, chunks, output dtypes) is common to all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from ..core.errors import SnugError
+
+FORMATS: dict[str, type[Format]] = {}
+
+
+class Scratch:
+    """Temporary buffers of one dequantize call, reused by all its chunks.
+
+    The first chunk is the largest one, so a buffer made for it serves the rest; nothing outlives the call.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def get(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised contiguous tensor; the same `key` returns the same memory again."""
+        numel = math.prod(shape)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < numel:
+            # Whole 8-byte words, so that a uint8 buffer can be processed through a 64-bit view.
+            words = (numel * dtype.itemsize + 7) // 8
+            buffer = torch.empty(words * 8 // dtype.itemsize, dtype=dtype, device=self.device)
+            self._buffers[key] = buffer
+        return buffer[:numel].view(tuple(shape))
+
+
+class Format:
+    """One ggml tensor type. Subclasses are never instantiated: they are the value that names a format.
+
+    name: ggml's name, e.g. "Q4_K" (the class name).
+    ggml_type: ggml's type number in a GGUF file.
+    block_size: weights per block; block_bytes: bytes per block.
+    dtype: the torch dtype of a plain type such as F16, else None.
+    can_quantize: whether `quantize_blocks` is defined.
+    """
+
+    name: ClassVar[str]
+    ggml_type: ClassVar[int]
+    block_size: ClassVar[int]
+    block_bytes: ClassVar[int]
+    dtype: ClassVar[torch.dtype | None] = None
+    can_quantize: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__name__
+        cls.can_quantize = "encode" in cls.__dict__
+        if hasattr(cls, "ggml_type"):  # a base shared by several formats has none
+            FORMATS[cls.name] = cls
+
+    @classmethod
+    def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+        """Decode blocks (uint8 [n, block_bytes], contiguous) into `out` (float32 [n, block_size], contiguous)."""
+        raise NotImplementedError
+
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        """Encode values (float32 [n, block_size]) into blocks (uint8 [n, block_bytes])."""
+        raise SnugError(f"Snug cannot write {cls.name}; choose one of {', '.join(quantizable_formats())}.")
+
+    @classmethod
+    def dequantize_blocks(cls, blocks: torch.Tensor) -> torch.Tensor:
+        """Decode blocks (uint8 [n, block_bytes]) to float32 [n, block_size] on the same device."""
+        out = torch.empty((blocks.shape[0], cls.block_size), dtype=torch.float32, device=blocks.device)
+        cls.decode(blocks.contiguous(), out, Scratch(blocks.device))
+        return out
+
+    @classmethod
+    def quantize_blocks(cls, values: torch.Tensor) -> torch.Tensor:
+        """Encode values (float32 [n, block_size]) to uint8 [n, block_bytes]; SnugError unless `can_quantize`."""
+        return cls.encode(values)
+
+    @classmethod
+    def nbytes(cls, shape: Sequence[int]) -> int:
+        """Bytes of a tensor of this shape; SnugError when its last dimension is no whole number of blocks."""
+        last = shape[-1] if len(shape) else 1
+        if last % cls.block_size:
+            raise SnugError(
+                f"A {cls.name} tensor of shape {tuple(shape)} is impossible: its last dimension {last} is not "
+                f"a multiple of the block size {cls.block_size}; pick another format for this tensor."
+            )
+        return math.prod(shape) // cls.block_size * cls.block_bytes
+
+    @classmethod
+    def check_nbytes(cls, found: int, shape: Sequence[int]) -> None:
+        """Raise SnugError unless `found` bytes are exactly what a tensor of this shape takes."""
+        expected = cls.nbytes(shape)
+        if found != expected:
+            raise SnugError(
+                f"A {cls.name} tensor of shape {tuple(shape)} takes {expected} bytes, got {found}; "
+                f"the data is cut off or its type or shape is wrong."
+            )
+
+
+def quantizable_formats() -> list[str]:
+    """Names of the formats that Snug can write, in the order of their definition."""
+    return [name for name, fmt in FORMATS.items() if fmt.can_quantize]

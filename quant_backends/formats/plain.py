@@ -1,0 +1,63 @@
+"""Types that torch has itself: a block is one element, little-endian."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from .base import Format
+
+
+class _Plain(Format):
+    block_size = 1
+    dtype: ClassVar[torch.dtype]  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.block_bytes = cls.dtype.itemsize
+
+    @classmethod
+    def dequantize_blocks(cls, blocks: torch.Tensor) -> torch.Tensor:
+        """Blocks (uint8 [n, itemsize]) as [n, 1]: float64 for F64 and I64, whose values float32 cannot hold."""
+        return blocks.contiguous().view(cls.dtype).to(torch.float64 if cls.block_bytes == 8 else torch.float32)
+
+
+class F32(_Plain):
+    ggml_type = 0
+    dtype = torch.float32
+
+
+class F16(_Plain):
+    ggml_type = 1
+    dtype = torch.float16
+
+
+class I8(_Plain):
+    ggml_type = 24
+    dtype = torch.int8
+
+
+class I16(_Plain):
+    ggml_type = 25
+    dtype = torch.int16
+
+
+class I32(_Plain):
+    ggml_type = 26
+    dtype = torch.int32
+
+
+class I64(_Plain):
+    ggml_type = 27
+    dtype = torch.int64
+
+
+class F64(_Plain):
+    ggml_type = 28
+    dtype = torch.float64
+
+
+class BF16(_Plain):
+    ggml_type = 30
+    dtype = torch.bfloat16

@@ -1,0 +1,1 @@
+"""Operations on packed weights; one module per operation, which picks the implementation."""

@@ -1,0 +1,85 @@
+"""Packed bytes to weights and back: the one place that picks how.
+
+Weights are decoded in float32, whatever the output, and rounded once. Work goes chunk by chunk, so that the
+intermediate values stay in the processor's cache and scratch memory stays small for any tensor size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..core.errors import SnugError
+from ..formats import Format, Scratch
+
+# Weights per chunk. On a CPU the intermediates (about 8 bytes a weight) must stay in a core's L2 cache; a
+# GPU needs enough work per kernel launch, at a few tens of MiB of scratch.
+CPU_CHUNK = 1 << 16
+GPU_CHUNK = 1 << 22
+
+
+def dequantize(
+    data: torch.Tensor,
+    fmt: type[Format],
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode packed bytes to a tensor of `shape` and `dtype` on their device.
+
+    data: uint8, contiguous, any shape, `fmt.nbytes(shape)` bytes.
+    out: contiguous tensor of `shape` and `dtype` on the same device that receives the result, or None.
+
+    The result is the float32 result of the gguf package bit for bit, rounded once when `dtype` is narrower.
+    Raises SnugError when the bytes do not fit the shape or `out` does not fit the result.
+    """
+    shape = tuple(shape)
+    if data.dtype != torch.uint8 or not data.is_contiguous():
+        raise SnugError(f"{fmt.name} data must be a contiguous uint8 tensor, got {data.dtype} {tuple(data.shape)}.")
+    fmt.check_nbytes(data.numel(), shape)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=data.device)
+    elif (tuple(out.shape), out.dtype, out.device, out.is_contiguous()) != (shape, dtype, data.device, True):
+        raise SnugError(
+            f"The output must be a contiguous {dtype} tensor of shape {shape} on {data.device}, got "
+            f"{out.dtype} {tuple(out.shape)} on {out.device}{'' if out.is_contiguous() else ', not contiguous'}."
+        )
+    if fmt.dtype is not None:
+        _copy_plain(data.view(-1), fmt.dtype, out.view(-1))
+    else:
+        _decode_chunks(data.view(-1, fmt.block_bytes), fmt, out.view(-1, fmt.block_size))
+    return out
+
+
+def quantize(values: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
+    """Encode values (float, [..., columns]) to packed bytes: uint8 [rows, bytes per row].
+
+    Equal byte for byte to the gguf package. Raises SnugError when `fmt` cannot be written or the last
+    dimension is no whole number of blocks.
+    """
+    fmt.nbytes(values.shape)
+    rows = values.reshape(-1, values.shape[-1] if values.dim() else 1).float()
+    blocks = fmt.quantize_blocks(rows.reshape(-1, fmt.block_size))
+    return blocks.view(rows.shape[0], -1)
+
+
+def _copy_plain(data: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> None:
+    if data.storage_offset() % stored.itemsize:
+        data = data.clone()  # a view of another dtype needs an aligned offset
+    if data.device.type == "mps" and stored == torch.float64:
+        data = data.cpu()  # MPS has no float64
+    out.copy_(data.view(stored))
+
+
+def _decode_chunks(blocks: torch.Tensor, fmt: type[Format], out: torch.Tensor) -> None:
+    limit = CPU_CHUNK * torch.get_num_threads() if blocks.device.type == "cpu" else GPU_CHUNK
+    step = max(1, limit // fmt.block_size)
+    scratch = Scratch(blocks.device)
+    for chunk, result in zip(blocks.split(step), out.split(step), strict=True):
+        if result.dtype == torch.float32:
+            fmt.decode(chunk, result, scratch)
+        else:
+            weights = scratch.get("weights", result.shape, torch.float32)
+            fmt.decode(chunk, weights, scratch)
+            result.copy_(weights)
