@@ -1,0 +1,8 @@
+"""Readers: from a file on disk to (format, raw bytes, logical shape) per tensor."""
+
+from __future__ import annotations
+
+from .gguf_file import GGUFFile
+from .gguf_tensors import TensorInfo
+
+__all__ = ["GGUFFile", "TensorInfo"]
