@@ -1,0 +1,183 @@
+"""Writes diffusion models as GGUF files: quantized weights in the container of the gguf package.
+
+Metadata and tensor layout are those of the files people have (general.architecture,
+general.quantization_version, general.file_type, comfy.gguf.orig_shape.<tensor> for tensors stored in another
+shape), so that any loader of such files reads them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from ..core.errors import SnugError
+from ..formats import FORMATS, Format, quantizable_formats
+from ..kernels.dequantize import quantize
+from .architecture import detect_architecture
+from .plan import PlannedTensor, plan_tensors
+from .precision import RULES, PrecisionRules
+
+MetadataValue: TypeAlias = "str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]"
+Quantizer: TypeAlias = Callable[[torch.Tensor, str], torch.Tensor]
+Progress: TypeAlias = Callable[[int, int], None]
+
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+_HEADER_MARGIN = 16 << 20  # bytes left for metadata, tensor descriptions and padding
+
+
+def write_gguf(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    format: str,
+    *,
+    architecture: str | None = None,
+    metadata: Mapping[str, MetadataValue] | None = None,
+    quantizer: Quantizer | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write a model to the GGUF file `path`, its matrices in `format` ("Q8_0", "Q4_K", "F16", ...).
+
+    tensors: floating point weights by their original names, without a prefix such as
+        "model.diffusion_model."; taken and converted one at a time.
+    architecture: value of general.architecture; None detects it from the names.
+    metadata: further keys of the file.
+    quantizer: called with float32 values [rows, columns] and the format's name, returns the packed rows as
+        uint8, for formats that Snug itself cannot write; None uses Snug's own.
+    progress: called with the tensors done and their number after each.
+
+    The file appears under its name only when complete: it is written beside it and renamed, an older file
+    stays until then and nothing is left behind on an error. Raises SnugError for an unknown format or
+    architecture, for tensors that GGUF cannot hold and when the disk is too full or the gguf package missing.
+    """
+    gguf = _import_gguf()
+    target = Path(path)
+    wanted = _writable_format(format, quantizer)
+    architecture = architecture or detect_architecture(tensors.keys())
+    if architecture is None:
+        raise SnugError(
+            f"The architecture of {target.name} is not known from its tensor names; pass architecture=, "
+            f"one of {', '.join(RULES)}, and tensor names without a prefix."
+        )
+    plan = plan_tensors(tensors, wanted, RULES.get(architecture, PrecisionRules()))
+    _check_disk_space(target, sum(planned.nbytes for planned in plan))
+
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        with closing(gguf.GGUFWriter(temporary, architecture)) as writer:
+            _add_metadata(gguf, writer, wanted, metadata or {})
+            for planned in plan:
+                _add_tensor_info(gguf, writer, planned)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for done, planned in enumerate(plan, start=1):
+                packed = _pack(tensors[planned.name], planned, quantizer)
+                writer.write_tensor_data(packed.numpy())
+                if progress is not None:
+                    progress(done, len(plan))
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _import_gguf() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise SnugError(
+            'Writing GGUF files needs the gguf package, which is not installed; run "pip install gguf".'
+        ) from error
+
+
+def _writable_format(name: str, quantizer: Quantizer | None) -> type[Format]:
+    fmt = FORMATS.get(name)
+    plain = [name for name in ("F32", "F16", "BF16") if name in FORMATS]
+    if fmt is None or (fmt.dtype is not None and name not in plain):
+        raise SnugError(
+            f"{name!r} is no format for weights; choose one of {', '.join([*plain, *quantizable_formats()])}."
+        )
+    if fmt.dtype is None and quantizer is None and not fmt.can_quantize:
+        raise SnugError(
+            f"Snug cannot quantize to {name}; choose one of {', '.join([*plain, *quantizable_formats()])} "
+            f"or pass a quantizer."
+        )
+    return fmt
+
+
+def _check_disk_space(target: Path, needed: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < needed + _HEADER_MARGIN:
+        raise SnugError(
+            f"{target} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
+            f"free some space or write to another disk."
+        )
+
+
+def _add_metadata(gguf: Any, writer: Any, fmt: type[Format], metadata: Mapping[str, MetadataValue]) -> None:
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    file_type = _file_type(gguf, fmt.name)
+    if file_type is not None:
+        writer.add_file_type(file_type)
+    for key, value in metadata.items():
+        _add_value(gguf, writer, key, value)
+
+
+def _file_type(gguf: Any, name: str) -> int | None:
+    """llama.cpp's number for a file mostly of this format; _S names the mix without larger types."""
+    known = gguf.LlamaFileType.__members__
+    for candidate in (f"MOSTLY_{name}", f"MOSTLY_{name}_S", f"MOSTLY_{name}_MOE", f"ALL_{name}"):
+        if candidate in known:
+            return int(known[candidate])
+    return None
+
+
+def _add_value(gguf: Any, writer: Any, key: str, value: MetadataValue) -> None:
+    types = gguf.GGUFValueType
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        fits = 0 <= value < 1 << 32
+        writer.add_key_value(key, value, types.UINT32 if fits else types.INT64)
+    elif isinstance(value, float):
+        writer.add_key_value(key, value, types.FLOAT64)
+    else:
+        writer.add_array(key, list(value))
+
+
+def _add_tensor_info(gguf: Any, writer: Any, planned: PlannedTensor) -> None:
+    if planned.original_shape:
+        writer.add_array(ORIGINAL_SHAPE + planned.name, list(planned.original_shape))
+    ggml_type = gguf.GGMLQuantizationType(planned.format.ggml_type)
+    # The element type, None here, only serves to guess the ggml type.
+    writer.add_tensor_info(planned.name, planned.shape, None, planned.nbytes, ggml_type)
+
+
+def _pack(tensor: torch.Tensor, planned: PlannedTensor, quantizer: Quantizer | None) -> torch.Tensor:
+    """The tensor's bytes in the file: uint8, one dimension."""
+    values = tensor.detach().cpu().reshape(planned.shape)
+    plain = planned.format.dtype
+    if plain is not None:
+        packed = values.to(plain)
+        if plain == torch.float16 and not packed.isfinite().all() and values.float().isfinite().all():
+            raise SnugError(
+                f"Tensor {planned.name!r} has weights up to {values.abs().max().item():.3g}, outside the range of "
+                f"F16; convert the model to bfloat16 before writing it."
+            )
+        return packed.contiguous().view(torch.uint8).view(-1)
+    if quantizer is None:
+        packed = quantize(values.float(), planned.format)
+    else:
+        packed = quantizer(values.float().contiguous(), planned.format.name)
+    packed = packed.contiguous().view(-1)
+    planned.format.check_nbytes(packed.numel(), planned.shape)
+    return packed

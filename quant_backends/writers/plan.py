@@ -1,0 +1,96 @@
+"""Decides how each tensor goes into a GGUF file, before anything is written.
+
+The rules are those of the usual converters (ComfyUI-GGUF's tools/convert.py and llama.cpp's quantizer):
+vectors, tensors of at most 1024 weights and a few named parameters are F32; of the rest, matrices take the
+wanted format unless their architecture keeps them or their rows are no whole number of blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..core.errors import SnugError
+from ..formats import FORMATS, Format
+from .precision import PrecisionRules
+
+MAX_NAME = 127  # bytes; ggml's name field holds 128 with the final zero
+MAX_DIMS = 4  # of a ggml tensor
+MAX_SMALL = 1024  # weights; what is not larger stays F32
+FOLD_WIDTH = 256  # weights per block of every K- and IQ-quant
+MIN_FOLDED = 512  # weights; smaller tensors keep their shape
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the file: `shape` (torch order) as stored, `original_shape` only where it differs."""
+
+    name: str
+    format: type[Format]
+    shape: tuple[int, ...]
+    original_shape: tuple[int, ...] | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.format.nbytes(self.shape)
+
+
+def plan_tensors(
+    tensors: Mapping[str, torch.Tensor], fmt: type[Format], rules: PrecisionRules
+) -> list[PlannedTensor]:
+    """What is stored how, in the order of `tensors`; dropped tensors are left out.
+
+    Raises SnugError for a name longer than 127 bytes and for a tensor that is not floating point.
+    """
+    plan = []
+    for name in tensors:
+        if rules.is_dropped(name):
+            continue
+        _check_name(name)
+        tensor = tensors[name]
+        if not tensor.is_floating_point():
+            raise SnugError(
+                f"Tensor {name!r} is {tensor.dtype}, but only floating point weights can be written to a GGUF "
+                f"file; dequantize the model first."
+            )
+        original = tuple(tensor.shape)
+        stored = _stored_shape(original, rules)
+        chosen = _choose_format(name, stored, tensor.dtype, fmt, rules)
+        plan.append(PlannedTensor(name, chosen, stored, original if stored != original else None))
+    return plan
+
+
+def _check_name(name: str) -> None:
+    length = len(name.encode())
+    if length > MAX_NAME:
+        raise SnugError(
+            f"Tensor name {name!r} has {length} bytes, but ggml allows at most {MAX_NAME}; "
+            f"write the model with its original, shorter names."
+        )
+
+
+def _stored_shape(shape: tuple[int, ...], rules: PrecisionRules) -> tuple[int, ...]:
+    numel = math.prod(shape)
+    foldable = len(shape) > 1 and numel >= MIN_FOLDED and numel % FOLD_WIDTH == 0
+    if rules.fold_rows and foldable and shape[-1] % FOLD_WIDTH:
+        return (numel // FOLD_WIDTH, FOLD_WIDTH)
+    if len(shape) > MAX_DIMS:
+        leading = len(shape) - MAX_DIMS + 1
+        return (math.prod(shape[:leading]), *shape[leading:])
+    return shape or (1,)
+
+
+def _choose_format(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, fmt: type[Format], rules: PrecisionRules
+) -> type[Format]:
+    if len(shape) <= 1 or math.prod(shape) <= MAX_SMALL or rules.is_full(name):
+        return FORMATS["F32"]
+    if fmt.dtype is not None:
+        return fmt
+    if len(shape) == 2 and not rules.is_half(name) and shape[-1] % fmt.block_size == 0:
+        return fmt
+    # bfloat16 weights may lie outside float16's range, so they keep their type at the same size.
+    return FORMATS["BF16" if dtype == torch.bfloat16 else "F16"]
