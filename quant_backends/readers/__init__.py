@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .diffusion_gguf import LoadedTensors, load_diffusion_gguf
 from .gguf_file import GGUFFile
 from .gguf_tensors import TensorInfo
 
-__all__ = ["GGUFFile", "TensorInfo"]
+__all__ = ["GGUFFile", "LoadedTensors", "TensorInfo", "load_diffusion_gguf"]

@@ -11,8 +11,8 @@ File layout (ggml's docs/gguf.md), little-endian::
     padding  up to a multiple of `general.alignment` (32 when absent)
     data     each tensor at its offset from here, itself a multiple of the alignment
 
-Nothing found in the file is used before it is checked against the size of the file, and whatever is wrong with a
-file, the only exception that leaves this module is `FileFormatError`.
+Nothing found in the file is used before it is checked against the size of the file, and whatever is wrong
+with a file, the only exception that leaves this module is `FileFormatError`.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 class GGUFFile:
     """A GGUF file, opened and checked; the tensors stay on disk until their bytes are touched.
 
-    Attributes: `path`, `version` (2 or 3), `alignment` (bytes), `metadata` (lazy mapping), `tensors` (by name, in
-    the order of the file).
+    Attributes: `path`, `version` (2 or 3), `alignment` (bytes), `metadata` (lazy mapping), `tensors` (by
+    name, in the order of the file).
 
-    The mapping is private and copy-on-write: writing to a tensor never reaches the file. It lives as long as this
-    object or any tensor read from it; leaving a `with` block only drops this object's own hold on it. As with any
-    memory mapping, a file that another program shortens while it is in use ends the process (SIGBUS); replacing
-    a file by renaming another over it is safe.
+    The mapping is private and copy-on-write: writing to a tensor never reaches the file. It lives as long as
+    this object or any tensor read from it; leaving a `with` block only drops this object's own hold on it. As
+    with any memory mapping, a file that another program shortens while it is in use ends the process
+    (SIGBUS); replacing a file by renaming another over it is safe.
 
-    Raises `FileFormatError` when the file is missing, unreadable, not GGUF, of another byte order or version, one
-    part of a split model, or inconsistent in any way.
+    Raises `FileFormatError` when the file is missing, unreadable, not GGUF, of another byte order or version,
+    one part of a split model, or inconsistent in any way.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -113,9 +113,9 @@ class GGUFFile:
 def _map_file(path: Path) -> memoryview:
     """Map a whole file copy-on-write.
 
-    The memoryview (rather than the mmap) is what tensors hold: it keeps the mapping from ever being closed under
-    them. On Linux the mapping asks for no swap reservation, which the kernel would otherwise refuse for a file
-    larger than the machine's memory although almost none of it is ever written to.
+    The memoryview (rather than the mmap) is what tensors hold: it keeps the mapping from ever being closed
+    under them. On Linux the mapping asks for no swap reservation, which the kernel would otherwise refuse for
+    a file larger than the machine's memory although almost none of it is ever written to.
     """
     try:
         with open(path, "rb") as file:

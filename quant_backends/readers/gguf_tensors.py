@@ -1,7 +1,7 @@
 """The tensor table of a GGUF file: what each entry says, checked before anything is computed from it.
 
-One entry (ggml's docs/gguf.md): string name, uint32 n_dims, uint64 dims[n_dims] (fastest first), uint32 ggml type,
-uint64 offset from the start of the data section.
+One entry (ggml's docs/gguf.md): string name, uint32 n_dims, uint64 dims[n_dims] (fastest first), uint32 ggml
+type, uint64 offset from the start of the data section.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 def read_tensor_infos(cursor: ByteCursor, count: int, alignment: int) -> dict[str, TensorInfo]:

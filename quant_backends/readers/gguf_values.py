@@ -8,7 +8,8 @@ Layout (ggml's docs/gguf.md), all integers little-endian::
     pair     string key, then value
 
 Opening a file only walks over the values to find where each one starts; nothing is decoded until a key is
-looked up, because a tokenizer's vocabulary holds hundreds of thousands of strings that most callers never ask for.
+looked up, because a tokenizer's vocabulary holds hundreds of thousands of strings that most callers never ask
+for.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ MetadataValue = int | float | bool | str | tuple["MetadataValue", ...]
 
 REDOWNLOAD = "the file is damaged or incomplete: download it again"
 
-# ggml itself writes no nested arrays; the specification allows them, so a small depth is enough for any real file.
+# ggml itself writes no nested arrays; the specification allows them, so a small depth is enough for any real
+# file.
 MAX_ARRAY_DEPTH = 8
 # The specification's limit for keys; tensor names are far shorter in practice.
 MAX_NAME_BYTES = 65535
@@ -178,7 +180,8 @@ class ByteCursor:
 
     def _skip_strings(self, count: int, what: str) -> None:
         # The hot loop of opening a file. It checks no bound itself: the position only grows, so a length that
-        # points outside makes the next unpack fail, or leaves the position behind the end when it was the last.
+        # points outside makes the next unpack fail, or leaves the position behind the end when it was the
+        # last.
         unpack, buffer, position = _U64.unpack_from, self.buffer, self.position
         try:
             for _ in range(count):
@@ -193,8 +196,8 @@ class ByteCursor:
 class Metadata(Mapping[str, MetadataValue]):
     """The key-value section of a GGUF file; values are decoded at each look-up and are not kept.
 
-    Numbers come back as int, float or bool, strings as str, arrays as tuples. Looking up a key raises KeyError
-    when it is absent and `FileFormatError` when its value does not decode.
+    Numbers come back as int, float or bool, strings as str, arrays as tuples. Looking up a key raises
+    KeyError when it is absent and `FileFormatError` when its value does not decode.
     """
 
     __slots__ = ("_buffer", "_path", "_places")

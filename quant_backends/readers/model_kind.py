@@ -1,0 +1,51 @@
+"""Recognise files that are no diffusion models, by name and metadata alone, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from ..core.errors import FileFormatError
+from .diffusion_tables import COMPANIONS, LORA, TEXT_ENCODER, VAE, VAE_DECODER, VISION_TOWER
+from .gguf_values import Metadata
+
+VISION_TYPES = ("mmproj", "clip-vision")
+
+
+def text_value(metadata: Metadata, key: str) -> str | None:
+    """The text stored under `key`; None when the key is absent or holds something else."""
+    value = metadata.get(key)
+    return value if isinstance(value, str) else None
+
+
+def refuse_other_kinds(path: Path, names: Collection[str], metadata: Metadata) -> None:
+    """Raise FileFormatError when a file is a text encoder, a vision tower, a LoRA or an autoencoder.
+
+    Names decide before `general.architecture` does, which is often missing or wrong.
+    """
+    kind = text_value(metadata, "general.type")
+    architecture = text_value(metadata, "general.architecture")
+    known_as = f" ({architecture})" if architecture else ""
+    if kind == "adapter" or any(LORA.match(name) for name in names):
+        _refuse(path, f"a LoRA{known_as}", "put it into models/loras and load it with a LoRA loader")
+    if kind in VISION_TYPES or any(VISION_TOWER.match(name) for name in names):
+        _refuse(
+            path,
+            f"the vision part (mmproj) of a text encoder{known_as}",
+            "put it into models/text_encoders beside its text encoder and load both with a text-encoder loader",
+        )
+    if any(TEXT_ENCODER.match(name) for name in names):
+        _refuse(
+            path,
+            f"a text encoder{known_as}",
+            "put it into models/text_encoders and load it with a text-encoder loader",
+        )
+    if any(VAE_DECODER.match(name) for name in names) and all(VAE.match(name) for name in names):
+        _refuse(path, f"a VAE{known_as}", "put it into models/vae and load it with a VAE loader")
+    if all(COMPANIONS.match(name) for name in names):
+        found = "holds no tensors" if not names else "holds text encoders or a VAE but no diffusion model"
+        raise FileFormatError(path, f"the file {found}", "choose the file of the diffusion model itself")
+
+
+def _refuse(path: Path, found: str, hint: str) -> None:
+    raise FileFormatError(path, f"the file is {found}, expected a diffusion model", hint)
