@@ -1,0 +1,31 @@
+"""The node classes, one file each. They read their inputs, call the adapter and return."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import ComfyExtension, io
+
+logger = logging.getLogger("snug")
+
+
+class SnugExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .load_diffusion_model import SnugLoadDiffusionModel
+
+        return [SnugLoadDiffusionModel]
+
+
+def create_extension() -> ComfyExtension:
+    """The pack as ComfyUI sees it; registers the folder keys that the nodes list files from.
+
+    Re-raises whatever goes wrong after logging it: ComfyUI reports a failing entry point without traceback.
+    """
+    try:
+        from .adapter import folders
+
+        folders.register()
+        return SnugExtension()
+    except Exception:
+        logger.exception("ComfyUI-Snug could not start.")
+        raise

@@ -1,0 +1,1 @@
+"""Where the core meets ComfyUI: the only modules that import `comfy`."""

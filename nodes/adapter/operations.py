@@ -1,0 +1,148 @@
+"""ComfyUI's operations (the layer classes that models are built from) with packed weights.
+
+A new class is built for each load, so settings of one model never reach another that is already loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.ops
+import torch
+import torch.nn.functional as F
+
+from .layout import is_packed, packed_linear, unpack
+from .packed_module import LoadSettings, PackedWeightModule
+
+
+def build_operations(load_settings: LoadSettings) -> type[comfy.ops.manual_cast]:
+    """The operations class to pass to ComfyUI as `custom_operations` for one load."""
+
+    class SnugOperations(comfy.ops.manual_cast):
+        class Linear(PackedLinear):
+            settings = load_settings
+
+        class Conv1d(PackedConv, comfy.ops.manual_cast.Conv1d):
+            settings = load_settings
+
+        class Conv2d(PackedConv, comfy.ops.manual_cast.Conv2d):
+            settings = load_settings
+
+        class Conv3d(PackedConv, comfy.ops.manual_cast.Conv3d):
+            settings = load_settings
+
+        class Embedding(PackedEmbedding):
+            settings = load_settings
+
+        class GroupNorm(DenseOnLoad, comfy.ops.manual_cast.GroupNorm):
+            pass
+
+        class LayerNorm(DenseOnLoad, comfy.ops.manual_cast.LayerNorm):
+            pass
+
+        class RMSNorm(DenseOnLoad, comfy.ops.manual_cast.RMSNorm):
+            pass
+
+        class ConvTranspose1d(DenseOnLoad, comfy.ops.manual_cast.ConvTranspose1d):
+            pass
+
+        class ConvTranspose2d(DenseOnLoad, comfy.ops.manual_cast.ConvTranspose2d):
+            pass
+
+    return SnugOperations
+
+
+class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
+    """Linear that never allocates its dense weight: torch would reserve the whole model at construction."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        # Names that core reads when it pages weights (dynamic VRAM).
+        self.comfy_need_lazy_init_bias = bias
+        self.weight_comfy_model_dtype = dtype
+        self.bias_comfy_model_dtype = dtype
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return (self.out_features, self.in_features)
+
+    def _load_dense(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes over plain tensors as they are, mapped from the file; copies only to change the dtype."""
+        shapes = {"weight": self._weight_shape()}
+        if self.comfy_need_lazy_init_bias:
+            shapes["bias"] = (self.out_features,)
+        for name, shape in shapes.items():
+            key = prefix + name
+            value = state_dict.get(key)
+            dtype = getattr(self, f"{name}_comfy_model_dtype")
+            if value is None:
+                missing_keys.append(key)
+                value = torch.zeros(shape, dtype=dtype)
+            elif tuple(value.shape) != shape:
+                error_msgs.append(
+                    f"size mismatch for {key}: the file has {tuple(value.shape)}, the model needs {shape}."
+                )
+                continue
+            elif not local_metadata.get("assign_to_params_buffers", False):
+                value = value.to(dtype)
+            setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
+        known = {prefix + name for name in shapes}
+        unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+
+    def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
+        weight, bias, token = comfy.ops.cast_bias_weight(self, input, offloadable=True)
+        if is_packed(weight) and not self.patched():
+            output = packed_linear(input, weight, bias)
+        else:
+            output = F.linear(input, self.dense_weight(weight, input.dtype), bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, token)
+        return output
+
+
+class PackedConv(PackedWeightModule):
+    """Mixin for Conv1d, Conv2d and Conv3d: decodes the kernel, then ComfyUI's own convolution."""
+
+    def forward_comfy_cast_weights(self, input: torch.Tensor, **options: Any) -> torch.Tensor:
+        weight, bias, token = self.cast_dense(input)
+        output = self._conv_forward(input, weight, bias, **options)
+        self.uncast(token)
+        return output
+
+
+class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):
+    """Embedding table; the packed one is decoded whole (diffusion models have small tables only)."""
+
+    def forward_comfy_cast_weights(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = self.weight.dtype if out_dtype is None else out_dtype
+        weight, bias, token = comfy.ops.cast_bias_weight(self, device=input.device, dtype=dtype, offloadable=True)
+        table = self.dense_weight(weight, dtype)
+        output = F.embedding(
+            input, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        )
+        comfy.ops.uncast_bias_weight(self, weight, bias, token)
+        return output
+
+
+class DenseOnLoad(torch.nn.Module):
+    """Mixin for layers whose weights are small: a packed tensor is decoded once, when it is loaded."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        dense = {
+            key: unpack(value, torch.float32) if key.startswith(prefix) and is_packed(value) else value
+            for key, value in state_dict.items()
+        }
+        super()._load_from_state_dict(dense, prefix, *args)

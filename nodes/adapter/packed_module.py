@@ -1,0 +1,171 @@
+"""What every layer with a packed weight shares: loading it, moving it, patching it, showing it to ComfyUI."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ops
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from .layout import is_packed, unpack, with_dtype
+from .patches import WeightPatches
+from .state_tensor import PackedStateTensor
+
+
+@dataclass
+class LoadSettings:
+    """What the layers of one model share. One instance per load, so that two models never affect each other.
+
+    on_weight: called with the bytes of each weight as it is taken over, for progress.
+    """
+
+    on_weight: Callable[[int], None]
+
+
+class PackedWeightModule(torch.nn.Module):
+    """Mixin before one of ComfyUI's operation classes; its `weight` may be a packed tensor.
+
+    weight_patches / hook_patches: LoRA and hook patches of the packed weight, set by the model patcher and
+    applied whenever the weight is decoded. (ComfyUI's own `weight_function` would make core copy and decode
+    the weight in the compute dtype first.)
+    """
+
+    settings: LoadSettings
+    weight: Any
+    bias: Any
+    weight_patches: WeightPatches | None = None
+    hook_patches: WeightPatches | None = None
+
+    # ---- the weight, decoded -------------------------------------------------------------------------------
+
+    def patched(self) -> bool:
+        return self.weight_patches is not None or self.hook_patches is not None
+
+    def dense_weight(self, weight: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The decoded and patched weight, in `dtype` (default: the weight's own), rounded once.
+
+        weight: where the bytes are now, when ComfyUI has just moved them; default the module's own.
+        """
+        weight = self.weight if weight is None else weight
+        dtype = weight.dtype if dtype is None else dtype
+        if not is_packed(weight):
+            dense = weight
+        elif self.patched():
+            dense = unpack(weight, torch.float32)
+        else:
+            return unpack(weight, dtype)
+        for patches in (self.weight_patches, self.hook_patches):
+            if patches is not None:
+                dense = patches(dense)
+        return dense.to(dtype)
+
+    def cast_dense(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        """Weight and bias as plain tensors on input's device and dtype, and the token for `uncast`."""
+        weight, bias, token = comfy.ops.cast_bias_weight(self, input, offloadable=True)
+        return self.dense_weight(weight, input.dtype), bias, (weight, bias, token)
+
+    def uncast(self, token: tuple[Any, Any, Any]) -> None:
+        """Gives the cast buffers back to ComfyUI; call it after the last use of the weight."""
+        comfy.ops.uncast_bias_weight(self, *token)
+
+    # ---- ComfyUI's weight patching contract ----------------------------------------------------------------
+
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_: Any) -> torch.Tensor:
+        """For core's merges: the weight that core hands in, as a plain tensor to calculate on."""
+        return unpack(weight, weight.dtype) if is_packed(weight) else weight
+
+    def set_weight(
+        self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False
+    ) -> torch.Tensor | None:
+        """For patchers other than Snug's: takes the merged weight as it is, dense; it is not quantized again."""
+        weight = weight.to(self.weight.dtype)
+        if return_weight:
+            return weight
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return None
+
+    # ---- torch.nn.Module -----------------------------------------------------------------------------------
+
+    def take_weight(self, weight: QuantizedTensor, errors: list[str], name: str, shape: tuple[int, ...]) -> None:
+        """Makes a packed tensor the weight, without copying it; a wrong shape is added to `errors`."""
+        if tuple(weight.shape) != shape:
+            errors.append(
+                f"size mismatch for {name}: the file has {tuple(weight.shape)}, the model needs {shape}."
+            )
+            return
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.settings.on_weight(weight.nbytes)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "weight"
+        weight = state_dict.get(key)
+        if isinstance(weight, PackedStateTensor):
+            weight = weight.module.weight
+        if not is_packed(weight):
+            self._load_dense(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            return
+        rest = {name: value for name, value in state_dict.items() if name != key}
+        shape = self._weight_shape()
+        self.weight = None
+        self._load_dense(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if key in missing_keys:
+            missing_keys.remove(key)
+        self.take_weight(weight, error_msgs, key, shape)
+
+    def _load_dense(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_packed(self.weight):
+            destination[prefix + "weight"] = PackedStateTensor(self)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedWeightModule:
+        """`.to()`, `.cuda()` and the like. torch would set `.data`, which leaves the bytes inside behind."""
+        weight = self.weight
+        if not is_packed(weight):
+            return super()._apply(fn, recurse)
+        self._parameters["weight"] = None
+        super()._apply(fn, recurse)
+        self.weight = torch.nn.Parameter(fn(weight), requires_grad=False)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeightModule:
+        """comfy-kitchen's tensors cannot be deep-copied: the packed weight is cloned instead."""
+        if is_packed(self.weight):
+            memo[id(self.weight)] = torch.nn.Parameter(self.weight.detach().clone(), requires_grad=False)
+        for patches in (self.weight_patches, self.hook_patches):
+            memo[id(patches)] = patches  # never changed in place, and they may hold another model's weights
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+def packed_modules(model: torch.nn.Module) -> Iterator[tuple[str, PackedWeightModule]]:
+    """(name, module) of every layer of `model` whose weight is packed."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedWeightModule) and is_packed(module.weight):
+            yield name, module
+
+
+def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Lets every packed weight decode to `dtype`, so that core hands it to the kernels still packed."""
+    for _, module in packed_modules(model):
+        module.weight = torch.nn.Parameter(with_dtype(module.weight, dtype), requires_grad=False)

@@ -1,0 +1,170 @@
+"""The model patcher of models with packed weights.
+
+ComfyUI merges LoRA into weights that are loaded whole, and (dynamic VRAM) quantizes the merged weight again.
+For packed weights both are replaced by one rule: after ComfyUI has loaded or moved layers, every packed layer
+is given the patches of its key, and applies them when it decodes its weight. Everything else is ComfyUI's own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from .layout import is_packed
+from .packed_module import PackedWeightModule, packed_modules
+from .patches import WeightPatches
+from .state_tensor import PackedStateTensor
+
+
+class _Backup(NamedTuple):
+    """Core's record of a weight that it replaced, to be restored on unload."""
+
+    weight: torch.Tensor
+    inplace_update: bool
+
+
+class PackedPatcher:
+    """Mixin before ModelPatcher or ModelPatcherDynamic."""
+
+    def _packed_module(self, key: str) -> PackedWeightModule | None:
+        """The layer that a key like "diffusion_model.x.weight" belongs to, if its weight is packed."""
+        name, _, attribute = key.rpartition(".")
+        if attribute != "weight":
+            return None
+        module = comfy.utils.get_attr(self.model, name)
+        return module if isinstance(module, PackedWeightModule) and is_packed(module.weight) else None
+
+    # ---- LoRA and other weight patches ---------------------------------------------------------------------
+
+    def _attach_patches(self) -> None:
+        """Gives each packed layer the patches of its key and takes away what core has attached instead."""
+        nbytes = 0
+        for name, module in packed_modules(self.model):
+            key = f"{name}.weight"
+            patches = WeightPatches(key, self.patches[key]) if self.patches.get(key) else None
+            if patches is not None and module.weight.device.type != "cpu":
+                patches, moved = patches.to(module.weight.device)
+                nbytes += moved
+            others = [f for f in module.weight_function if not isinstance(f, _LOWVRAM_PATCH | WeightPatches)]
+            if hasattr(module, "weight_lowvram_function"):
+                module.weight_lowvram_function = None
+            if others and patches is not None:  # keep core's order: patches first, then wrappers
+                others.insert(0, patches)
+                patches = None
+            module.weight_function = others
+            module.weight_patches = patches
+        self.model.model_loaded_weight_memory += nbytes
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().load(*args, **kwargs)
+        self._attach_patches()
+        return result
+
+    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        freed = super().partially_unload(*args, **kwargs)
+        self._attach_patches()
+        return freed
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        if unpatch_weights:
+            for _, module in packed_modules(self.model):
+                module.weight_patches = None
+        return super().unpatch_model(device_to, unpatch_weights)
+
+    def patch_weight_to_device(self, key: str, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Core's "merge the patches into this weight now": packed weights stay as they are.
+
+        With return_weight (saving) the merged dense weight is returned; with force_cast (dynamic VRAM, layers
+        too small to page) the packed weight is put on the device for good.
+        """
+        module = self._packed_module(key)
+        if module is None:
+            return super().patch_weight_to_device(key, device_to, *args, **kwargs)
+        if kwargs.get("return_weight"):
+            return module.dense_weight()
+        if kwargs.get("force_cast"):
+            self.backup.setdefault(key, _Backup(module.weight, False))
+            comfy.utils.set_attr_param(self.model, key, module.weight.to(device=device_to))
+        return None
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        """Core's clone may fall back to its plain class (when it leaves dynamic VRAM)."""
+        return adopt(super().clone(*args, **kwargs))
+
+    # ---- hooks: patches for a part of the steps or of the conditioning ---------------------------------------
+
+    def patch_hook_weight_to_device(
+        self, hooks: Any, combined_patches: dict[str, Any], key: str, original_weights: Any, memory_counter: Any
+    ) -> None:
+        module = self._packed_module(key)
+        if module is None:
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+        elif key in combined_patches:
+            module.hook_patches = WeightPatches(key, combined_patches[key], {key: original_weights[key]})
+            if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
+                self.cached_hook_patches.setdefault(hooks, {})[key] = module.hook_patches
+
+    def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, memory_counter: Any) -> None:
+        module = self._packed_module(key)
+        if module is None:
+            super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+        else:
+            module.hook_patches = cached_weights[key]
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        for name, module in packed_modules(self.model):
+            if not whitelist_keys_set or f"{name}.weight" in whitelist_keys_set:
+                module.hook_patches = None
+        super().unpatch_hooks(whitelist_keys_set)
+
+    # ---- pinned memory (static mode) and saving --------------------------------------------------------------
+
+    def pin_weight_to_device(self, key: str) -> None:
+        weight = comfy.utils.get_attr(self.model, key)
+        if not is_packed(weight):
+            super().pin_weight_to_device(key)
+        elif comfy.model_management.pin_memory(_buffer(weight)):
+            self.pinned.add(key)
+
+    def unpin_weight(self, key: str) -> None:
+        weight = comfy.utils.get_attr(self.model, key)
+        if not is_packed(weight):
+            super().unpin_weight(key)
+        elif key in self.pinned:
+            comfy.model_management.unpin_memory(_buffer(weight))
+            self.pinned.remove(key)
+
+    def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
+        """Newer ComfyUI saves core's own packings; Snug's packed weights are saved dense, decoded one by one."""
+        state_dict = super().model_state_dict_for_saving(model, prefix)
+        for name, module in packed_modules(self.model if model is None else model):
+            state_dict[f"{name}.weight"] = PackedStateTensor(module)
+        return state_dict
+
+
+_LOWVRAM_PATCH = comfy.model_patcher.LowVramPatch
+
+
+def _buffer(weight: QuantizedTensor) -> torch.nn.Parameter:
+    """The packed bytes as core's pinning accepts them; ComfyUI 0.3.75 would pin the dense size otherwise."""
+    return torch.nn.Parameter(weight._qdata, requires_grad=False)
+
+
+@lru_cache
+def _packed_class(base: type) -> type:
+    return type(f"Snug{base.__name__}", (PackedPatcher, base), {})
+
+
+def adopt(patcher: Any) -> Any:
+    """Turns a patcher that ComfyUI has just made into one for packed weights.
+
+    The class is exchanged, as a second patcher on the same model would register with dynamic VRAM twice.
+    """
+    if not isinstance(patcher, PackedPatcher):
+        patcher.__class__ = _packed_class(type(patcher))
+    return patcher

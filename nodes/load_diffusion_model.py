@@ -1,0 +1,60 @@
+"""Load Diffusion Model (Snug): any diffusion-model file to a native MODEL."""
+
+from __future__ import annotations
+
+import os
+
+from comfy_api.latest import io
+
+from .adapter import folders
+from .adapter.loading import COMPUTE_DTYPES, load_diffusion_model
+
+
+class SnugLoadDiffusionModel(io.ComfyNode):
+    """One loader for every diffusion-model file: `.gguf` of any type, `.safetensors` of ComfyUI's own kinds."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SnugLoadDiffusionModel",
+            display_name="Load Diffusion Model (Snug)",
+            category="Snug/loaders",
+            description=(
+                "Loads a diffusion model, quantized or not, as a normal MODEL: it works with KSampler, LoRA, "
+                "ControlNet and saving. Quantized weights stay packed in memory and are decoded as they are used."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folders.diffusion_model_files(),
+                    tooltip=(
+                        "A .gguf or .safetensors file from models/diffusion_models or models/unet. The "
+                        "architecture is recognised from the file's content, whatever its name."
+                    ),
+                ),
+                io.Combo.Input(
+                    "compute_dtype",
+                    options=list(COMPUTE_DTYPES),
+                    default="auto",
+                    tooltip=(
+                        "The number format that layers calculate in; it does not change how much memory the "
+                        "weights take. auto: what ComfyUI picks for this model on this device. bf16 and fp16 "
+                        "are fast on most GPUs, fp32 is exact and slow."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model, ready for KSampler, LoRA and every other MODEL node.")
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, compute_dtype: str) -> tuple[str, str, int, int]:
+        """Changes when the file on disk does, so that a replaced file is loaded anew."""
+        stat = os.stat(folders.find_diffusion_model(model_name))
+        return (model_name, compute_dtype, stat.st_mtime_ns, stat.st_size)
+
+    @classmethod
+    def execute(cls, model_name: str, compute_dtype: str) -> io.NodeOutput:
+        path = folders.find_diffusion_model(model_name)
+        return io.NodeOutput(load_diffusion_model(path, compute_dtype))
