@@ -19,25 +19,36 @@ FORMATS: dict[str, type[Format]] = {}
 
 
 class Scratch:
-    """Temporary buffers of one dequantize call, reused by all its chunks.
+    """Temporary buffers of one dequantize call, reused by all its chunks; nothing outlives the call.
 
-    The first chunk is the largest one, so a buffer made for it serves the rest; nothing outlives the call.
+    All come out of one slab: a C library gives a single large block back to the next call without new page
+    faults, which it does not for many. `nbytes` should cover the first chunk, the largest one.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._buffers: dict[str, torch.Tensor] = {}
+    def __init__(self, device: torch.device, nbytes: int = 0) -> None:
+        self._slab = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._used = 0
+        self._places: dict[str, torch.Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
-    def get(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised contiguous tensor; the same `key` returns the same memory again."""
-        numel = math.prod(shape)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < numel:
-            # Whole 8-byte words, so that a uint8 buffer can be processed through a 64-bit view.
-            words = (numel * dtype.itemsize + 7) // 8
-            buffer = torch.empty(words * 8 // dtype.itemsize, dtype=dtype, device=self.device)
-            self._buffers[key] = buffer
-        return buffer[:numel].view(tuple(shape))
+    def get(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised contiguous tensor; the same `key` (always of one dtype) returns the same memory."""
+        buffer = self._buffers.get((key, shape))
+        if buffer is None:
+            nbytes = math.prod(shape) * dtype.itemsize
+            place = self._places.get(key)
+            if place is None or place.numel() < nbytes:
+                place = self._places[key] = self._reserve(nbytes)
+            buffer = place[:nbytes].view(dtype).view(shape)
+            self._buffers[key, shape] = buffer
+        return buffer
+
+    def _reserve(self, nbytes: int) -> torch.Tensor:
+        start = self._used
+        self._used += -(-nbytes // 64) * 64  # aligned for every dtype and to cache lines
+        if self._used > self._slab.numel():
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._slab.device)
+        return self._slab[start : start + nbytes]
 
 
 class Format:
