@@ -1,0 +1,14 @@
+"""Nodes that only Snug's tests and demo use; importing the package also lets tiny models be detected."""
+
+from __future__ import annotations
+
+from .conditioning import SnugTestConditioning
+from .model_info import SnugTestModelInfo
+from .narrow_models import accept_narrow_models
+
+accept_narrow_models()
+
+NODE_CLASS_MAPPINGS = {
+    "SnugTestConditioning": SnugTestConditioning,
+    "SnugTestModelInfo": SnugTestModelInfo,
+}
