@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import k_quants, legacy, plain
+from . import fp4, k_quants, legacy, plain, ternary
 from .base import FORMATS, Format, Scratch, quantizable_formats
 
 __all__ = [
@@ -10,10 +10,12 @@ __all__ = [
     "Format",
     "Scratch",
     "format_by_ggml_type",
+    "fp4",
     "k_quants",
     "legacy",
     "plain",
     "quantizable_formats",
+    "ternary",
 ]
 
 _BY_GGML_TYPE = {fmt.ggml_type: fmt for fmt in FORMATS.values()}

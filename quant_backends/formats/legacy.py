@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .base import Format, Scratch
-from .tables import bit_bytes
+from .tables import bit_bytes, lookup
 from .words import all_words, extract, half_floats, number, splat
 
 
@@ -35,11 +35,9 @@ def _nibble_floats(
 
 
 def _fifth_bits(qh: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """16 or 0 for each of the 32 bits of qh (uint8 [n, 4]): uint8 [n, 32]."""
+    """16 or 0 for each of the 32 bits of qh (uint8 [n, 4]): int8 [n, 32]."""
     index = scratch.get("index", (qh.shape[0], 4), torch.int32).copy_(qh)
-    bits = scratch.get("bits", (index.numel(),), torch.int64)
-    torch.index_select(bit_bytes(0, 16, qh.device), 0, index.view(-1), out=bits)
-    return bits.view(torch.uint8).view(-1, 32)
+    return lookup(bit_bytes(0, 16, qh.device), index, scratch, "bits").view(-1, 32)
 
 
 class Q4_0(Format):

@@ -1,0 +1,68 @@
+"""Formats with two or three values per weight: Q1_0, TQ1_0 and TQ2_0.
+
+Layouts: `block_q1_0`, `block_tq1_0` and `block_tq2_0` in ggml-common.h; the order of operations follows the
+gguf package, to which results are equal bit for bit (Q1_0: ggml's `dequantize_row_q1_0`, as the package has no
+reference for it).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Format, Scratch
+from .tables import bit_bytes, lookup
+from .words import column_words, extract, half_floats, number, scale_codes
+
+
+class TQ1_0(Format):
+    """qs 48 bytes | qh 4 bytes | d f16; d * (digit - 1), where a byte holds five base-3 digits.
+
+    Digit k of byte b is ((b * 3^k mod 256) * 3) >> 8, which is 0 up to 85 and 1 up to 170. In weight order: five
+    digits of qs[0:32], five of qs[32:48], four of qh, the byte running fastest.
+    """
+
+    ggml_type, block_size, block_bytes = 34, 256, 54
+
+    @classmethod
+    def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+        n = blocks.shape[0]
+        powers = scratch.get("powers", (n, 52), torch.uint8).copy_(blocks[:, :52])
+        products = scratch.get("products", (n, 256), torch.uint8)
+        for k in range(5):
+            products[:, 32 * k : 32 * k + 32].copy_(powers[:, :32])
+            products[:, 160 + 16 * k : 176 + 16 * k].copy_(powers[:, 32:48])
+            if k < 4:
+                products[:, 240 + 4 * k : 244 + 4 * k].copy_(powers[:, 48:])
+                powers *= number(3)
+        codes = scratch.get("codes", (n, 256), torch.bool)
+        below = scratch.get("below", (n, 256), torch.bool)
+        torch.gt(products, number(85), out=codes)
+        torch.le(products, number(170), out=below)
+        signed = codes.view(torch.int8).sub_(below.view(torch.int8))
+        scale_codes(signed, half_floats(blocks[:, 52:]), out)
+
+
+class TQ2_0(Format):
+    """qs 64 bytes | d f16; d * (q - 1). Weight 128h + 32k + j is in bits 2k, 2k+1 of qs[32h + j]."""
+
+    ggml_type, block_size, block_bytes = 35, 256, 66
+
+    @classmethod
+    def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+        qs = column_words(blocks, 0, 64, scratch, "qs").view(-1, 4)
+        codes = scratch.get("codes", (len(qs), 4, 4), torch.int64)
+        for k in range(4):
+            extract(qs, 2 * k, 3, codes[:, k], scratch)
+        scale_codes(codes.view(torch.int8).sub_(number(1)), half_floats(blocks[:, 64:]), out)
+
+
+class Q1_0(Format):
+    """d f16 | qs 16 bytes: weight j is d where bit j % 8 of qs[j // 8] is set, else -d."""
+
+    ggml_type, block_size, block_bytes = 41, 128, 18
+
+    @classmethod
+    def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
+        index = scratch.get("index", (blocks.shape[0], 16), torch.int32).copy_(blocks[:, 2:])
+        signs = lookup(bit_bytes(-1, 1, blocks.device), index, scratch, "signs")
+        scale_codes(signs, half_floats(blocks[:, :2]), out)
