@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import fp4, k_quants, legacy, plain, ternary
+from . import fp4, iq, k_quants, legacy, plain, ternary
 from .base import FORMATS, Format, Scratch, quantizable_formats
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Scratch",
     "format_by_ggml_type",
     "fp4",
+    "iq",
     "k_quants",
     "legacy",
     "plain",

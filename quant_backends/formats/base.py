@@ -32,7 +32,7 @@ class Scratch:
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def get(self, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised contiguous tensor; the same `key` (always of one dtype) returns the same memory."""
+        """An uninitialised contiguous tensor; the same `key` returns the same memory again."""
         buffer = self._buffers.get((key, shape))
         if buffer is None:
             nbytes = math.prod(shape) * dtype.itemsize
@@ -76,7 +76,7 @@ class Format:
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
-        """Decode blocks (uint8 [n, block_bytes], contiguous) into `out` (float32 [n, block_size], contiguous)."""
+        """Decode blocks (uint8 [n, block_bytes]) into `out` (float32 [n, block_size]); both contiguous."""
         raise NotImplementedError
 
     @classmethod
@@ -93,7 +93,7 @@ class Format:
 
     @classmethod
     def quantize_blocks(cls, values: torch.Tensor) -> torch.Tensor:
-        """Encode values (float32 [n, block_size]) to uint8 [n, block_bytes]; SnugError unless `can_quantize`."""
+        """Encode float32 [n, block_size] to uint8 [n, block_bytes]; SnugError unless `can_quantize`."""
         return cls.encode(values)
 
     @classmethod
@@ -102,19 +102,24 @@ class Format:
         last = shape[-1] if len(shape) else 1
         if last % cls.block_size:
             raise SnugError(
-                f"A {cls.name} tensor of shape {tuple(shape)} is impossible: its last dimension {last} is not "
-                f"a multiple of the block size {cls.block_size}; pick another format for this tensor."
+                f"A {cls.name} tensor of shape {tuple(shape)} is impossible: its last dimension {last} is "
+                f"not a multiple of the block size {cls.block_size}; pick another format for this tensor."
             )
         return math.prod(shape) // cls.block_size * cls.block_bytes
 
     @classmethod
     def check_nbytes(cls, found: int, shape: Sequence[int]) -> None:
-        """Raise SnugError unless `found` bytes are exactly what a tensor of this shape takes."""
-        expected = cls.nbytes(shape)
-        if found != expected:
+        """Raise SnugError unless `found` bytes hold exactly the weights of a tensor of this shape.
+
+        Blocks may cross rows: writers store some tensors (convolutions of SD1.5) under another shape.
+        """
+        weights = math.prod(shape)
+        blocks, rest = divmod(weights, cls.block_size)
+        if rest or found != blocks * cls.block_bytes:
             raise SnugError(
-                f"A {cls.name} tensor of shape {tuple(shape)} takes {expected} bytes, got {found}; "
-                f"the data is cut off or its type or shape is wrong."
+                f"A {cls.name} tensor of shape {tuple(shape)} takes {blocks * cls.block_bytes} bytes in whole "
+                f"blocks of {cls.block_size} weights, got {found} bytes for {weights} weights; the data is cut "
+                f"off or its type or shape is wrong."
             )
 
 

@@ -1,8 +1,8 @@
 """Four-bit formats whose codes are looked up: IQ4_NL, IQ4_XS, MXFP4 and NVFP4.
 
 Layouts: `block_iq4_nl`, `block_iq4_xs`, `block_mxfp4` and `block_nvfp4` in ggml-common.h; the order of
-operations follows the gguf package, to which results are equal bit for bit. Two nibbles of neighbouring weights
-are looked up at once.
+operations follows the gguf package, to which results are equal bit for bit. The nibbles of two neighbours are
+looked up at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 import torch
 
 from .base import Format, Scratch
-from .tables import nibble_pairs
+from .tables import nibble_pairs, shifts
 from .words import column_words, extract, half_floats, number
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -22,7 +22,7 @@ _E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 def _look_up(
     blocks: torch.Tensor, start: int, run: int, values: tuple[int, ...], out: torch.Tensor, scratch: Scratch
 ) -> None:
-    """out = values[nibble] for the bytes from `start` on: of each `run` bytes first all low, then all high nibbles."""
+    """out = values[nibble] for the bytes from `start` on: each `run` has its low, then its high nibbles."""
     qs = column_words(blocks, start, blocks.shape[1], scratch, "qs").view(-1, run // 8)
     nibbles = scratch.get("nibbles", (len(qs), 2, run // 8), torch.int64)
     extract(qs, 0, 15, nibbles[:, 0], scratch)
@@ -33,7 +33,7 @@ def _look_up(
 
 
 class IQ4_NL(Format):
-    """d f16 | qs 16 bytes: weight j in the low nibble of byte j, weight j+16 in its high nibble; d * value[q]."""
+    """d f16 | qs 16 bytes: weight j in the low, weight j+16 in the high nibble of byte j; d * value[q]."""
 
     ggml_type, block_size, block_bytes = 20, 32, 18
 
@@ -46,8 +46,8 @@ class IQ4_NL(Format):
 class IQ4_XS(Format):
     """d f16 | scales_h u16 | scales_l 4 bytes | qs 128 bytes.
 
-    Eight sub-blocks of 32 weights, each as in IQ4_NL: (d * (scale - 32)) * value[q]. Scale i has its low 4 bits
-    in nibble i % 2 of scales_l[i // 2] and its high 2 bits in bits 2i, 2i+1 of scales_h.
+    Eight sub-blocks of 32 weights, each as in IQ4_NL: (d * (scale - 32)) * value[q]. Scale i has its low 4
+    bits in nibble i % 2 of scales_l[i // 2] and its high 2 bits in bits 2i, 2i+1 of scales_h.
     """
 
     ggml_type, block_size, block_bytes = 23, 256, 136
@@ -56,8 +56,8 @@ class IQ4_XS(Format):
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
         n, device = blocks.shape[0], blocks.device
         _look_up(blocks, 8, 16, _IQ4, out, scratch)
-        low = blocks[:, 4:8].unsqueeze(2) >> _shifts(0, 4, 2, torch.uint8, device)
-        high = blocks[:, 2:4].view(torch.int16).int() >> _shifts(0, 2, 8, torch.int32, device)
+        low = blocks[:, 4:8].unsqueeze(2) >> shifts(0, 4, 2, torch.uint8, device)
+        high = blocks[:, 2:4].view(torch.int16).int() >> shifts(0, 2, 8, torch.int32, device)
         scales = (low.view(n, 8) & number(15)) + ((high & number(3)) << number(4)) - number(32)
         scale = scales * half_floats(blocks[:, :2]).t()
         out.view(n, 8, 32).mul_(scale.unsqueeze(2))
@@ -77,8 +77,8 @@ class MXFP4(Format):
 class NVFP4(Format):
     """d 4 x unsigned e4m3 | qs 32 bytes.
 
-    Four sub-blocks of 16 weights: (d / 2) * twice the e2m1 value; sub-block s has weight j in the low and weight
-    j+8 in the high nibble of qs[8s + j]. The scale bytes 0 and 127 (NaN) count as zero.
+    Four sub-blocks of 16 weights: (d / 2) * twice the e2m1 value; sub-block s has weight j in the low and
+    weight j+8 in the high nibble of qs[8s + j]. The scale bytes 0 and 127 (NaN) count as zero.
     """
 
     ggml_type, block_size, block_bytes = 40, 64, 36
@@ -90,12 +90,7 @@ class NVFP4(Format):
         out.view(-1, 16).mul_(scale.view(-1, 1))
 
 
-@functools.lru_cache(maxsize=None)
-def _shifts(start: int, step: int, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.arange(start, start + step * count, step, dtype=dtype, device=device)
-
-
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _e8m0_halves(device: torch.device) -> torch.Tensor:
     """float32 [256]: half the e8m0 value 2^(e - 127) of each byte; 2^-128 and 2^-127 are subnormal."""
     exponent = torch.arange(256, dtype=torch.int32)
@@ -103,7 +98,7 @@ def _e8m0_halves(device: torch.device) -> torch.Tensor:
     return bits.view(torch.float32).to(device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _ue4m3_halves(device: torch.device) -> torch.Tensor:
     """float32 [256]: half the unsigned e4m3 value of each byte (bias 7; the top bit is ignored)."""
     byte = torch.arange(256)

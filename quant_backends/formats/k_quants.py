@@ -17,12 +17,14 @@ def _scales_and_minima(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     """Scales and minima of the eight sub-blocks of Q4_K and Q5_K: two float32 [n, 8].
 
     A block begins with d f16, dmin f16 and 12 bytes of 6-bit numbers: bytes 0-3 hold scales 0-3 and bytes 4-7
-    minima 0-3 in their low 6 bits, with the top 2 bits of scales and minima 4-7 above; bytes 8-11 hold the low
-    nibbles of scales (low) and minima (high) 4-7.
+    minima 0-3 in their low 6 bits, with the top 2 bits of scales and minima 4-7 above; bytes 8-11 hold the
+    low nibbles of scales (low) and minima (high) 4-7.
     """
     n = blocks.shape[0]
     planes = torch.empty((4, n), dtype=torch.int32, device=blocks.device)
-    planes.copy_(blocks[:, :16].view(torch.int32).t())  # one long dimension is several times faster than n rows
+    planes.copy_(
+        blocks[:, :16].view(torch.int32).t()
+    )  # one long dimension is several times faster than n rows
     first, last = planes[1:3], planes[3]
     numbers = torch.empty((2, 2, n), dtype=torch.int32, device=blocks.device)
     torch.bitwise_and(first, number(0x3F3F3F3F), out=numbers[0])
@@ -57,9 +59,9 @@ class Q2_K(Format):
 class Q3_K(Format):
     """hmask 32 bytes | qs 64 bytes | scales 12 bytes | d f16.
 
-    Sixteen sub-blocks of 16 weights: (d * (scale - 32)) * (q - 4). Weight 128h + 32k + j has its low 2 bits in
-    bits 2k, 2k+1 of qs[32h + j] and its third in bit 4h + k of hmask[j]. Scale i has its low 4 bits in nibble
-    i // 8 of scales[i % 8] and its high 2 bits in bits 2 * (i // 4) of scales[8 + i % 4].
+    Sixteen sub-blocks of 16 weights: (d * (scale - 32)) * (q - 4). Weight 128h + 32k + j has its low 2 bits
+    in bits 2k, 2k+1 of qs[32h + j] and its third in bit 4h + k of hmask[j]. Scale i has its low 4 bits in
+    nibble i // 8 of scales[i % 8] and its high 2 bits in bits 2 * (i // 4) of scales[8 + i % 4].
     """
 
     ggml_type, block_size, block_bytes = 11, 256, 110
@@ -78,7 +80,9 @@ class Q3_K(Format):
         third = scratch.get("third", (n, 2, 4), torch.int64)
         torch.bitwise_left_shift(mask, number(4), out=third[:, 0])
         third[:, 1].copy_(mask)
-        third = third.view(-1, 4)  # bit 4 + k of each byte: the inverted third bit of weight 32k + j of its half
+        third = third.view(
+            -1, 4
+        )  # bit 4 + k of each byte: the inverted third bit of weight 32k + j of its half
         bits = scratch.get("bits", (2, *third.shape), torch.int64)
         codes = scratch.get("codes", (len(qs), 4, 4), torch.int64)
         for k in range(4):
@@ -91,8 +95,8 @@ class Q3_K(Format):
 class Q4_K(Format):
     """d f16 | dmin f16 | scales 12 bytes | qs 128 bytes.
 
-    Eight sub-blocks of 32 weights: (d * scale) * q - (dmin * min). Bytes 32k..32k+31 of qs hold sub-block 2k in
-    their low and 2k+1 in their high nibbles.
+    Eight sub-blocks of 32 weights: (d * scale) * q - (dmin * min). Bytes 32k..32k+31 of qs hold sub-block 2k
+    in their low and 2k+1 in their high nibbles.
     """
 
     ggml_type, block_size, block_bytes = 12, 256, 144
@@ -136,8 +140,8 @@ class Q5_K(Format):
 class Q6_K(Format):
     """ql 128 bytes | qh 64 bytes | scales 16 x int8 | d f16.
 
-    Sixteen sub-blocks of 16 weights: (d * scale) * (q - 32). Weight 128h + 32k + j has its low 4 bits in nibble
-    k // 2 of ql[64h + 32 * (k % 2) + j] and its high 2 bits in bits 2k, 2k+1 of qh[32h + j].
+    Sixteen sub-blocks of 16 weights: (d * scale) * (q - 32). Weight 128h + 32k + j has its low 4 bits in
+    nibble k // 2 of ql[64h + 32 * (k % 2) + j] and its high 2 bits in bits 2k, 2k+1 of qh[32h + j].
     """
 
     ggml_type, block_size, block_bytes = 14, 256, 210

@@ -19,8 +19,8 @@ def _nibble_floats(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Low and high nibbles of every byte as float32 [n, block_bytes].
 
-    With `flip` = 8 the nibble counts from -8 to 7 and comes multiplied by 16: its top bit is flipped and it is
-    read as the top half of an int8, which saves a pass for the subtraction.
+    With `flip` = 8 the nibble counts from -8 to 7 and comes multiplied by 16: its top bit is flipped and it
+    is read as the top half of an int8, which saves a pass for the subtraction.
     """
     words = all_words(blocks, scratch)
     nibbles = scratch.get("nibbles", (2, words.numel()), torch.int64)
@@ -41,7 +41,7 @@ def _fifth_bits(qh: torch.Tensor, scratch: Scratch) -> torch.Tensor:
 
 
 class Q4_0(Format):
-    """d f16 | qs 16 bytes: weight j in the low nibble of byte j, weight j+16 in its high nibble; d * (q - 8)."""
+    """d f16 | qs 16 bytes: weight j in the low, weight j+16 in the high nibble of byte j; d * (q - 8)."""
 
     ggml_type, block_size, block_bytes = 2, 32, 18
 

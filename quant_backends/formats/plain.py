@@ -19,7 +19,7 @@ class _Plain(Format):
 
     @classmethod
     def dequantize_blocks(cls, blocks: torch.Tensor) -> torch.Tensor:
-        """Blocks (uint8 [n, itemsize]) as [n, 1]: float64 for F64 and I64, whose values float32 cannot hold."""
+        """Blocks (uint8 [n, itemsize]) as [n, 1]: float64 for F64 and I64, which float32 cannot hold."""
         return (
             blocks.contiguous().view(cls.dtype).to(torch.float64 if cls.block_bytes == 8 else torch.float32)
         )

@@ -1,8 +1,8 @@
 """Formats with two or three values per weight: Q1_0, TQ1_0 and TQ2_0.
 
 Layouts: `block_q1_0`, `block_tq1_0` and `block_tq2_0` in ggml-common.h; the order of operations follows the
-gguf package, to which results are equal bit for bit (Q1_0: ggml's `dequantize_row_q1_0`, as the package has no
-reference for it).
+gguf package, to which results are equal bit for bit (Q1_0, which the package lacks, follows ggml's
+`dequantize_row_q1_0`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .words import column_words, extract, half_floats, number, scale_codes
 class TQ1_0(Format):
     """qs 48 bytes | qh 4 bytes | d f16; d * (digit - 1), where a byte holds five base-3 digits.
 
-    Digit k of byte b is ((b * 3^k mod 256) * 3) >> 8, which is 0 up to 85 and 1 up to 170. In weight order: five
-    digits of qs[0:32], five of qs[32:48], four of qh, the byte running fastest.
+    Digit k of byte b is ((b * 3^k mod 256) * 3) >> 8, which is 0 up to 85 and 1 up to 170. In weight order:
+    five digits of qs[0:32], five of qs[32:48], four of qh, the byte running fastest.
     """
 
     ggml_type, block_size, block_bytes = 34, 256, 54

@@ -13,16 +13,16 @@ import torch
 from .base import Scratch
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def number(value: int | float) -> torch.Tensor:
-    """A number as a zero-dimensional tensor: torch takes it as an operand on any device without conversion.
+    """A number as a zero-dimensional tensor: torch takes it as operand on any device as it is.
 
-    Handing over a Python number costs torch about 4 microseconds per operation, more than a small chunk's work.
+    Handing over a Python number costs torch about 4 microseconds per operation, often more than the work itself.
     """
     return torch.tensor(value, device="cpu")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def splat(byte: int) -> torch.Tensor:
     """The 64-bit integer whose eight bytes all are `byte`, as `number` makes it."""
     return number(int.from_bytes(bytes([byte]) * 8, "little", signed=True))

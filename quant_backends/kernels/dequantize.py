@@ -47,8 +47,8 @@ def dequantize(
         out = torch.empty(shape, dtype=dtype, device=data.device)
     elif (tuple(out.shape), out.dtype, out.device, out.is_contiguous()) != (shape, dtype, data.device, True):
         raise SnugError(
-            f"The output must be a contiguous {dtype} tensor of shape {shape} on {data.device}, got "
-            f"{out.dtype} {tuple(out.shape)} on {out.device}{'' if out.is_contiguous() else ', not contiguous'}."
+            f"The output must be a contiguous {dtype} tensor of shape {shape} on {data.device}, "
+            f"got {'' if out.is_contiguous() else 'strided '}{out.dtype} {tuple(out.shape)} on {out.device}."
         )
     if fmt.dtype is not None:
         _copy_plain(data.view(-1), fmt.dtype, out.view(-1))

@@ -44,7 +44,9 @@ def linear(
     tile = x.new_empty(min(step, rows), columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        weight = dequantize(packed_rows[start:stop], fmt, (stop - start, columns), x.dtype, tile[: stop - start])
+        weight = dequantize(
+            packed_rows[start:stop], fmt, (stop - start, columns), x.dtype, tile[: stop - start]
+        )
         torch.mm(inputs, weight.t(), out=output[:, start:stop])
     if bias is not None:
         output += bias
