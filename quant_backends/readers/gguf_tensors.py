@@ -7,6 +7,7 @@ type, uint64 offset from the start of the data section.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..formats import Format, format_by_ggml_type
@@ -72,9 +73,7 @@ def _read_tensor_info(cursor: ByteCursor, index: int, alignment: int) -> TensorI
         cursor.fail(f"{what} has {n_dims} dimensions, expected at most {MAX_DIMS}")
     dims = [cursor.u64(f"a dimension of {what}") for _ in range(n_dims)]
     shape = tuple(reversed(dims))
-    elements = math.prod(dims)
-    # Checked one by one too, as a zero among them would hide another that no tensor can have.
-    if elements > MAX_ELEMENTS or any(dim > MAX_ELEMENTS for dim in dims):
+    if not is_possible(dims):
         cursor.fail(f"{what} has the impossible shape {shape}")
     fmt = _format_of(cursor, what, cursor.u32(f"the type of {what}"))
     row = dims[0] if dims else 1
@@ -85,7 +84,15 @@ def _read_tensor_info(cursor: ByteCursor, index: int, alignment: int) -> TensorI
     offset = cursor.u64(f"the offset of {what}")
     if offset % alignment:
         cursor.fail(f"{what} is at offset {offset}, expected a multiple of the alignment {alignment}")
-    return TensorInfo(name, fmt, shape, offset, elements // fmt.block_size * fmt.block_bytes)
+    return TensorInfo(name, fmt, shape, offset, math.prod(dims) // fmt.block_size * fmt.block_bytes)
+
+
+def is_possible(dims: Iterable[int]) -> bool:
+    """Whether ggml and torch can count the elements of a tensor.
+
+    A dimension of 0 leaves no elements but must not hide others: torch's strides overflow all the same.
+    """
+    return math.prod(max(dim, 1) for dim in dims) <= MAX_ELEMENTS
 
 
 def _format_of(cursor: ByteCursor, what: str, ggml_type: int) -> type[Format]:

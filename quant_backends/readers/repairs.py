@@ -22,7 +22,7 @@ from .diffusion_tables import (
     UNET_PROJECTION,
 )
 from .gguf_file import GGUFFile
-from .gguf_tensors import TensorInfo
+from .gguf_tensors import TensorInfo, is_possible
 from .gguf_values import shown
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
@@ -62,7 +62,7 @@ def original_shape(file: GGUFFile, info: TensorInfo) -> tuple[int, ...]:
     expected = info.elements
     if isinstance(found, tuple):
         dims = tuple(dim for dim in found if isinstance(dim, int) and not isinstance(dim, bool) and dim >= 0)
-        if len(dims) == len(found) and math.prod(dims) == expected:
+        if len(dims) == len(found) and math.prod(dims) == expected and is_possible(dims):
             return dims
     raise FileFormatError(
         file.path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,13 @@ def test_five_dimensions_folded(write_gguf: Callable[..., Path]) -> None:
     assert torch.equal(
         load_diffusion_gguf(path).state_dict["patch_embedding.weight"], torch.from_numpy(weight)
     )
+
+
+def test_original_shape_that_torch_cannot_hold(raw: Any, save: Callable[..., Path]) -> None:
+    payload = struct.pack("<IQ3q", 11, 3, 0, 2**40, 2**40)
+    path = save(raw().tensor("w.weight", dims=(0,)).pair(ORIGINAL + "w.weight", 9, payload))
+    with pytest.raises(FileFormatError, match="does not describe its 0 elements"):
+        load_diffusion_gguf(path)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,10 @@ CASES: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
         ["'w'", "impossible shape", f"({1 << 32}, {1 << 32})"],
     ),
     "zero hides a huge dimension": (lambda raw: raw().tensor(dims=[0, HUGE]), ["'w'", "impossible shape"]),
+    "zero hides an overflow": (
+        lambda raw: raw().tensor(dims=[0, 1 << 40, 1 << 40]),
+        ["'w'", "impossible shape"],
+    ),
     "removed type": (
         lambda raw: raw().tensor(ggml_type=31),
         ["'w'", "Q4_0_4_4 (31)", "removed", "quantize it again"],
