@@ -12,6 +12,7 @@ import functools
 import torch
 
 from .base import Format, Scratch
+from .encoding import pack_nibbles, to_integers
 from .tables import nibble_pairs, shifts
 from .words import column_words, extract, half_floats, number
 
@@ -72,6 +73,18 @@ class MXFP4(Format):
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
         _look_up(blocks, 1, 16, _E2M1_DOUBLED, out, scratch)
         out.mul_(_e8m0_halves(blocks.device)[blocks[:, :1].int()])
+
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        largest = values.abs().amax(1, keepdim=True)
+        # float32 would place the step to the next exponent elsewhere than the gguf package; MPS has no float64.
+        wide = largest if values.device.type == "mps" else largest.double()
+        exponent = to_integers(wide.log2().float().floor() + 125) & 255
+        exponent = torch.where(largest > 0, exponent, 0)
+        table = torch.tensor(_E2M1_DOUBLED, dtype=torch.float32, device=values.device)
+        candidates = _e8m0_halves(values.device)[exponent] * table
+        codes = (candidates.unsqueeze(1) - values.unsqueeze(2)).abs().argmin(2)
+        return torch.cat([exponent.to(torch.uint8), pack_nibbles(codes)], dim=1)
 
 
 class NVFP4(Format):

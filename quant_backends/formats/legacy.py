@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .base import Format, Scratch
+from .encoding import by_largest, by_magnitude, by_range, half_bytes, pack_fifth_bits, pack_nibbles
 from .tables import bit_bytes, lookup
 from .words import all_words, extract, half_floats, number, splat
 
@@ -52,6 +53,11 @@ class Q4_0(Format):
         torch.mul(low[:, 2:], d, out=out[:, :16])
         torch.mul(high[:, 2:], d, out=out[:, 16:])
 
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        scale, codes = by_largest(values, 16)
+        return torch.cat([half_bytes(scale), pack_nibbles(codes)], dim=1)
+
 
 class Q4_1(Format):
     """d f16 | m f16 | qs 16 bytes as in Q4_0; d * q + m."""
@@ -66,6 +72,11 @@ class Q4_1(Format):
         torch.mul(high[:, 4:], d, out=out[:, 16:])
         out.add_(m)
 
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        scale, minimum, codes = by_range(values, 16)
+        return torch.cat([half_bytes(scale), half_bytes(minimum), pack_nibbles(codes)], dim=1)
+
 
 class Q5_0(Format):
     """d f16 | qh 4 bytes: bit j is the fifth bit of weight j | qs 16 bytes as in Q4_0; d * (q - 16)."""
@@ -79,6 +90,11 @@ class Q5_0(Format):
         out[:, :16] += low[:, 6:]
         out[:, 16:] += high[:, 6:]
         out.sub_(number(16)).mul_(half_floats(blocks[:, :2]).t())
+
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        scale, codes = by_largest(values, 32)
+        return torch.cat([half_bytes(scale), pack_fifth_bits(codes), pack_nibbles(codes)], dim=1)
 
 
 class Q5_1(Format):
@@ -95,6 +111,12 @@ class Q5_1(Format):
         out[:, 16:] += high[:, 8:]
         out.mul_(d).add_(m)
 
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        scale, minimum, codes = by_range(values, 32)
+        parts = [half_bytes(scale), half_bytes(minimum), pack_fifth_bits(codes), pack_nibbles(codes)]
+        return torch.cat(parts, dim=1)
+
 
 class Q8_0(Format):
     """d f16 | qs 32 x int8; d * q."""
@@ -105,3 +127,8 @@ class Q8_0(Format):
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
         floats = scratch.get("floats", blocks.shape, torch.float32).copy_(blocks.view(torch.int8))
         torch.mul(floats[:, 2:], half_floats(blocks[:, :2]).t(), out=out)
+
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        scale, codes = by_magnitude(values, 127)
+        return torch.cat([half_bytes(scale), codes.to(torch.uint8)], dim=1)

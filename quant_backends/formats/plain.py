@@ -29,10 +29,18 @@ class F32(_Plain):
     ggml_type = 0
     dtype = torch.float32
 
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        return values.contiguous().view(torch.uint8)
+
 
 class F16(_Plain):
     ggml_type = 1
     dtype = torch.float16
+
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        return values.to(torch.float16).view(torch.uint8)
 
 
 class I8(_Plain):
@@ -63,3 +71,11 @@ class F64(_Plain):
 class BF16(_Plain):
     ggml_type = 30
     dtype = torch.bfloat16
+
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        # torch makes every NaN the same; ggml keeps its sign and payload.
+        bits = values.contiguous().view(torch.int32)
+        kept = ((bits >> 16) | 64).to(torch.int16)
+        rounded = values.to(torch.bfloat16).view(torch.int16)
+        return torch.where(values.isnan(), kept, rounded).view(torch.uint8)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from .base import Format, Scratch
-from .tables import bit_bytes, lookup
+from .encoding import by_magnitude, half_bytes
+from .tables import bit_bytes, lookup, shifts
 from .words import column_words, extract, half_floats, number, scale_codes
 
 
@@ -41,6 +42,20 @@ class TQ1_0(Format):
         signed = codes.view(torch.int8).sub_(below.view(torch.int8))
         scale_codes(signed, half_floats(blocks[:, 52:]), out)
 
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        scale, codes = by_magnitude(values, 1)
+        digits = codes + 1
+        powers = 3 ** torch.arange(4, -1, -1, dtype=torch.int32, device=values.device).unsqueeze(1)
+        numbers = [
+            (digits[:, :160].view(-1, 5, 32) * powers).sum(1),
+            (digits[:, 160:240].view(-1, 5, 16) * powers).sum(1),
+            (digits[:, 240:].view(-1, 4, 4) * powers[:4]).sum(1),
+        ]
+        # A fraction of 243, rounded up, in 256ths: so a digit is the carry of a multiplication by 3.
+        packed = (torch.cat(numbers, dim=1) * 256 + 242) // 243
+        return torch.cat([packed.to(torch.uint8), half_bytes(scale)], dim=1)
+
 
 class TQ2_0(Format):
     """qs 64 bytes | d f16; d * (q - 1). Weight 128h + 32k + j is in bits 2k, 2k+1 of qs[32h + j]."""
@@ -54,6 +69,13 @@ class TQ2_0(Format):
         for k in range(4):
             extract(qs, 2 * k, 3, codes[:, k], scratch)
         scale_codes(codes.view(torch.int8).sub_(number(1)), half_floats(blocks[:, 64:]), out)
+
+    @classmethod
+    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+        scale, codes = by_magnitude(values, 1)
+        pairs = (codes + 1).view(-1, 2, 4, 32) << shifts(0, 2, 4, torch.int32, values.device).unsqueeze(1)
+        packed = pairs.sum(2).to(torch.uint8).view(-1, 64)
+        return torch.cat([packed, half_bytes(scale)], dim=1)
 
 
 class Q1_0(Format):

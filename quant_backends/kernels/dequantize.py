@@ -64,9 +64,13 @@ def quantize(values: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
     dimension is no whole number of blocks.
     """
     fmt.nbytes(values.shape)
-    rows = values.reshape(-1, values.shape[-1] if values.dim() else 1).float()
-    blocks = fmt.quantize_blocks(rows.reshape(-1, fmt.block_size))
-    return blocks.view(rows.shape[0], -1)
+    columns = values.shape[-1] if values.dim() else 1
+    blocks = values.reshape(-1, fmt.block_size)
+    packed = torch.empty((len(blocks), fmt.block_bytes), dtype=torch.uint8, device=values.device)
+    step = max(1, (CPU_CHUNK if values.device.type == "cpu" else GPU_CHUNK) // fmt.block_size)
+    for chunk, result in zip(blocks.split(step), packed.split(step), strict=True):
+        result.copy_(fmt.quantize_blocks(chunk.float()))
+    return packed.view(-1, columns // fmt.block_size * fmt.block_bytes)
 
 
 def _copy_plain(data: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> None:
