@@ -38,5 +38,5 @@ class SnugTestConditioning:
         if pooled_dim:
             extras["pooled_output"] = torch.randn(1, pooled_dim, generator=generator)
         if attention_mask:
-            extras["attention_mask"] = torch.ones(1, tokens)
+            extras["attention_mask"] = torch.ones(1, tokens, dtype=torch.int64)
         return ([[embedding, extras]],)
