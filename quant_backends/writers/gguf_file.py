@@ -171,7 +171,7 @@ def _pack(tensor: torch.Tensor, planned: PlannedTensor, quantizer: Quantizer | N
         if plain == torch.float16 and not packed.isfinite().all() and values.float().isfinite().all():
             raise SnugError(
                 f"Tensor {planned.name!r} has weights up to {values.abs().max().item():.3g}, outside the range of "
-                f"F16; convert the model to bfloat16 before writing it."
+                f"F16; choose the format BF16 or pass the model in bfloat16."
             )
         return packed.contiguous().view(torch.uint8).view(-1)
     if quantizer is None:
