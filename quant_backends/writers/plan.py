@@ -74,8 +74,8 @@ def _check_name(name: str) -> None:
 
 def _stored_shape(shape: tuple[int, ...], rules: PrecisionRules) -> tuple[int, ...]:
     numel = math.prod(shape)
-    foldable = len(shape) > 1 and numel >= MIN_FOLDED and numel % FOLD_WIDTH == 0
-    if rules.fold_rows and foldable and shape[-1] % FOLD_WIDTH:
+    can_fold = numel >= MIN_FOLDED and numel % FOLD_WIDTH == 0
+    if rules.fold_rows and can_fold and len(shape) > 1 and shape[-1] % FOLD_WIDTH:
         return (numel // FOLD_WIDTH, FOLD_WIDTH)
     if len(shape) > MAX_DIMS:
         leading = len(shape) - MAX_DIMS + 1
