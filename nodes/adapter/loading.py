@@ -74,7 +74,7 @@ def _load_gguf(path: str, disable_dynamic: bool) -> Any:
             state_dict, model_options={"custom_operations": build_operations(settings)}, **options
         )
     except RuntimeError as error:  # torch's report of missing or misshapen tensors
-        raise _unsupported(path, tensors, f"its tensors do not fit the model ({error})") from error
+        raise _unsupported(path, tensors, f"its tensors do not fit the model ({_summary(error)})") from error
     if patcher is None:
         raise _unsupported(path, tensors, "its tensors match none of the models that this ComfyUI knows")
     bar.update_absolute(bar.total)
@@ -90,6 +90,14 @@ def _model_config(tensors: LoadedTensors) -> dict[str, str] | None:
 def _format_summary(tensors: LoadedTensors) -> str:
     counts = ", ".join(f"{count} x {name}" for name, count in sorted(tensors.format_counts.items()))
     return f"architecture {tensors.architecture or 'not named'}, tensors: {counts}"
+
+
+def _summary(error: RuntimeError) -> str:
+    """torch lists every tensor that does not fit on a line of its own; the first few are enough."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+    lines = lines[1:] or lines
+    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return "; ".join(lines[:3]) + more
 
 
 def _unsupported(path: str, tensors: LoadedTensors, problem: str) -> FileFormatError:

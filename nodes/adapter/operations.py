@@ -126,12 +126,22 @@ class PackedConv(PackedWeightModule):
 class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):
     """Embedding table; the packed one is decoded whole (diffusion models have small tables only)."""
 
-    def forward_comfy_cast_weights(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    def forward_comfy_cast_weights(
+        self, input: torch.Tensor, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         dtype = self.weight.dtype if out_dtype is None else out_dtype
-        weight, bias, token = comfy.ops.cast_bias_weight(self, device=input.device, dtype=dtype, offloadable=True)
+        weight, bias, token = comfy.ops.cast_bias_weight(
+            self, device=input.device, dtype=dtype, offloadable=True
+        )
         table = self.dense_weight(weight, dtype)
         output = F.embedding(
-            input, table, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+            input,
+            table,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
         )
         comfy.ops.uncast_bias_weight(self, weight, bias, token)
         return output

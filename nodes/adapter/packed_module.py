@@ -45,7 +45,9 @@ class PackedWeightModule(torch.nn.Module):
     def patched(self) -> bool:
         return self.weight_patches is not None or self.hook_patches is not None
 
-    def dense_weight(self, weight: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def dense_weight(
+        self, weight: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         """The decoded and patched weight, in `dtype` (default: the weight's own), rounded once.
 
         weight: where the bytes are now, when ComfyUI has just moved them; default the module's own.
@@ -79,7 +81,11 @@ class PackedWeightModule(torch.nn.Module):
         return unpack(weight, weight.dtype) if is_packed(weight) else weight
 
     def set_weight(
-        self, weight: torch.Tensor, inplace_update: bool = False, seed: int | None = None, return_weight: bool = False
+        self,
+        weight: torch.Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
     ) -> torch.Tensor | None:
         """For patchers other than Snug's: takes the merged weight as it is, dense; it is not quantized again."""
         weight = weight.to(self.weight.dtype)
@@ -90,7 +96,9 @@ class PackedWeightModule(torch.nn.Module):
 
     # ---- torch.nn.Module -----------------------------------------------------------------------------------
 
-    def take_weight(self, weight: QuantizedTensor, errors: list[str], name: str, shape: tuple[int, ...]) -> None:
+    def take_weight(
+        self, weight: QuantizedTensor, errors: list[str], name: str, shape: tuple[int, ...]
+    ) -> None:
         """Makes a packed tensor the weight, without copying it; a wrong shape is added to `errors`."""
         if tuple(weight.shape) != shape:
             errors.append(
@@ -115,7 +123,9 @@ class PackedWeightModule(torch.nn.Module):
         if isinstance(weight, PackedStateTensor):
             weight = weight.module.weight
         if not is_packed(weight):
-            self._load_dense(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            self._load_dense(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
             return
         rest = {name: value for name, value in state_dict.items() if name != key}
         shape = self._weight_shape()

@@ -99,17 +99,26 @@ class PackedPatcher:
     # ---- hooks: patches for a part of the steps or of the conditioning ---------------------------------------
 
     def patch_hook_weight_to_device(
-        self, hooks: Any, combined_patches: dict[str, Any], key: str, original_weights: Any, memory_counter: Any
+        self,
+        hooks: Any,
+        combined_patches: dict[str, Any],
+        key: str,
+        original_weights: Any,
+        memory_counter: Any,
     ) -> None:
         module = self._packed_module(key)
         if module is None:
-            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+            super().patch_hook_weight_to_device(
+                hooks, combined_patches, key, original_weights, memory_counter
+            )
         elif key in combined_patches:
             module.hook_patches = WeightPatches(key, combined_patches[key], {key: original_weights[key]})
             if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
                 self.cached_hook_patches.setdefault(hooks, {})[key] = module.hook_patches
 
-    def patch_cached_hook_weights(self, cached_weights: dict[str, Any], key: str, memory_counter: Any) -> None:
+    def patch_cached_hook_weights(
+        self, cached_weights: dict[str, Any], key: str, memory_counter: Any
+    ) -> None:
         module = self._packed_module(key)
         if module is None:
             super().patch_cached_hook_weights(cached_weights, key, memory_counter)
@@ -139,7 +148,9 @@ class PackedPatcher:
             comfy.model_management.unpin_memory(_buffer(weight))
             self.pinned.remove(key)
 
-    def model_state_dict_for_saving(self, model: torch.nn.Module | None = None, prefix: str = "") -> dict[str, Any]:
+    def model_state_dict_for_saving(
+        self, model: torch.nn.Module | None = None, prefix: str = ""
+    ) -> dict[str, Any]:
         """Newer ComfyUI saves core's own packings; Snug's packed weights are saved dense, decoded one by one."""
         state_dict = super().model_state_dict_for_saving(model, prefix)
         for name, module in packed_modules(self.model if model is None else model):

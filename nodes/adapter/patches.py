@@ -24,7 +24,11 @@ class WeightPatches:
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """weight: float32, changed in place where possible. Returns the patched weight, maybe of another shape."""
         return comfy.lora.calculate_weight(
-            self.patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=self.original_weights
+            self.patches,
+            weight,
+            self.key,
+            intermediate_dtype=weight.dtype,
+            original_weights=self.original_weights,
         )
 
     def to(self, device: torch.device) -> tuple[WeightPatches, int]:

@@ -1,0 +1,115 @@
+"""Loading through the adapter: dtype choices, core's own files, errors that name the file and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def load(path: Path, *args: Any) -> Any:
+    from snug.nodes.adapter.loading import load_diffusion_model
+
+    return load_diffusion_model(str(path), *args)
+
+
+@pytest.mark.parametrize(
+    "name,dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+@pytest.mark.parametrize("kind", ["gguf", "dense"])
+def test_compute_dtype(kind: str, name: str, dtype: torch.dtype, twins: Any, model: Any) -> None:
+    """The layers calculate in the chosen dtype, whatever the weights are stored in."""
+    import comfy.model_management
+
+    patcher = load(getattr(twins("sd3", "Q4_0"), kind), name)
+    comfy.model_management.load_models_gpu([patcher])
+    seen = set()
+    layer = patcher.model.diffusion_model.joint_blocks[0].x_block.mlp.fc1
+    layer.register_forward_hook(lambda module, inputs, output: seen.add((inputs[0].dtype, output.dtype)))
+    assert model.run(patcher).isfinite().all()
+    assert seen == {(dtype, dtype)}
+    if kind == "gguf":
+        assert {module.weight.dtype for _, module in model.packed_modules(patcher.model)} == {dtype}
+
+
+def test_core_loads_dense_safetensors(twins: Any, model: Any) -> None:
+    patcher = load(twins("sd3", "Q4_0").dense)
+    assert list(model.packed_modules(patcher.model)) == []
+    assert patcher.cached_patcher_init is not None
+
+
+def test_factory_builds_the_same_model_again(sd3: Any, model: Any) -> None:
+    factory, arguments = sd3[0].cached_patcher_init
+    again = factory(*arguments, disable_dynamic=True)
+    assert not getattr(again, "is_dynamic", lambda: False)()
+    assert torch.equal(model.run(again, load=True), model.run(sd3[0], load=True))
+
+
+def test_progress_reaches_the_end(twins: Any) -> None:
+    import comfy.utils
+
+    seen: list[tuple[int, int]] = []
+    comfy.utils.set_progress_bar_global_hook(
+        lambda value, total, preview, node_id=None: seen.append((value, total))
+    )
+    try:
+        load(twins("sd3", "Q4_0").gguf)
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert len(seen) >= 3
+    assert seen[-1][0] == seen[-1][1]
+    assert [value for value, _ in seen] == sorted(value for value, _ in seen)
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], architecture: str) -> Path:
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_unknown_architecture_is_named_with_what_to_do(tmp_path: Path) -> None:
+    from snug.quant_backends.core.errors import FileFormatError
+
+    path = write(tmp_path / "new.gguf", {"layer.0.weight": torch.zeros(8, 8)}, "novelty")
+    with pytest.raises(FileFormatError, match=r"new\.gguf.*'novelty'.*none of the models.*update ComfyUI"):
+        load(path)
+
+
+def test_unknown_architecture_name_does_not_matter(twins: Any, tmp_path: Path, model: Any) -> None:
+    """general.architecture is only a hint: a file that names something else loads all the same."""
+    source = twins("sd3", "Q4_0").gguf
+    data = source.read_bytes()
+    assert data.count(b"\x03\0\0\0\0\0\0\0sd3") == 1
+    renamed = tmp_path / "renamed.gguf"
+    renamed.write_bytes(data.replace(b"\x03\0\0\0\0\0\0\0sd3", b"\x03\0\0\0\0\0\0\0xyz"))
+    assert torch.equal(model.run(load(renamed), load=True), model.run(load(source), load=True))
+
+
+def test_wrong_shape_is_one_sentence(twins: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from snug.quant_backends.core.errors import FileFormatError
+
+    tensors = load_file(twins("sd3", "Q4_0").dense)
+    name = "joint_blocks.1.x_block.mlp.fc2.weight"
+    tensors[name] = tensors[name][:-1].contiguous()
+    path = write(tmp_path / "misshapen.gguf", tensors, "sd3")
+    with pytest.raises(FileFormatError, match=r"misshapen\.gguf.*do not fit.*mlp\.fc2\.weight") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file(comfy: Any) -> None:
+    from snug.nodes.adapter.folders import find_diffusion_model
+    from snug.quant_backends.core.errors import SnugError
+
+    with pytest.raises(SnugError, match=r"'gone\.gguf' was not found in .*press R"):
+        find_diffusion_model("gone.gguf")

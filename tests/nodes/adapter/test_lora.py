@@ -1,0 +1,144 @@
+"""LoRA on packed weights: the output changes as much as it does on the dense twin, however the model is loaded.
+
+Every comparison is of the change against the model without LoRA, so a LoRA that is lost fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+TOLERANCE = 0.01  # of the change that the LoRA makes
+
+
+def apply(patcher: Any, lora: dict[str, torch.Tensor], strength: float) -> Any:
+    import comfy.sd
+
+    patched, _ = comfy.sd.load_lora_for_models(patcher, None, dict(lora), strength, 0)
+    assert len(patched.patches) == len(lora) // 2
+    return patched
+
+
+def load_whole(patcher: Any) -> None:
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([patcher])
+
+
+def load_nothing(patcher: Any) -> None:
+    """ComfyUI's low-VRAM state: every layer is offloaded and cast as it is used."""
+    patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
+    assert patcher.model.model_lowvram
+
+
+def load_half(patcher: Any) -> None:
+    patcher.patch_model(patcher.load_device, lowvram_model_memory=patcher.model_size() // 2)
+
+
+def load_whole_then_offload(patcher: Any) -> None:
+    load_whole(patcher)
+    patcher.partially_unload(patcher.offload_device, patcher.model_size() // 2)
+    assert patcher.model.model_lowvram
+
+
+LOADS = [load_whole, load_nothing, load_half, load_whole_then_offload]
+
+
+def change(
+    pair: tuple[Any, Any], loras: list[tuple[Any, float]], load: Callable[[Any], None], run: Any
+) -> Any:
+    """Change of the output that the LoRAs make, on the packed and on the dense model."""
+    import comfy.model_management
+
+    changes = []
+    for patcher in pair:
+        load(patcher)
+        before = run(patcher)
+        comfy.model_management.unload_all_models()
+        patcher.detach()
+        for lora, strength in loras:
+            patcher = apply(patcher, lora, strength)
+        load(patcher)
+        changes.append(run(patcher) - before)
+        comfy.model_management.unload_all_models()
+        patcher.detach()
+    return changes
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("family", ["sd3", "sd15"])
+def test_one_lora(family: str, load: Callable[[Any], None], request: Any, model: Any) -> None:
+    pair = request.getfixturevalue(family)
+    packed, dense = change(pair, [(model.make_lora(pair[0].model, 1), 0.8)], load, model.run)
+    assert dense.abs().max() > 0.05
+    assert model.relative_error(packed, dense) < TOLERANCE
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_two_loras(sd3: Any, load: Callable[[Any], None], model: Any) -> None:
+    loras = [(model.make_lora(sd3[0].model, 1), 0.8), (model.make_lora(sd3[0].model, 2), -0.5)]
+    packed, dense = change(sd3, loras, load, model.run)
+    first_only, _ = change(sd3, loras[:1], load, model.run)
+    assert model.relative_error(packed, dense) < TOLERANCE
+    assert model.relative_error(first_only, dense) > 0.1, "the second LoRA has no effect of its own"
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_changed_and_removed_lora(sd3: Any, load: Callable[[Any], None], model: Any) -> None:
+    """As between two runs of a workflow: the same loaded model, other patches."""
+    packed, dense = sd3
+    lora = model.make_lora(packed.model, 3)
+    load(packed)
+    plain = model.run(packed)
+    outputs = {}
+    for strength in (1.0, 0.5):
+        for patcher in (packed, dense):
+            patched = apply(patcher, lora, strength)
+            load_whole(patched)
+            outputs[patcher is packed, strength] = model.run(patched)
+    load_whole(dense)
+    for strength in (1.0, 0.5):
+        change_dense = outputs[False, strength] - model.run(dense)
+        assert model.relative_error(outputs[True, strength] - plain, change_dense) < TOLERANCE
+    load_whole(packed)
+    assert torch.equal(model.run(packed), plain), "removing the LoRA must restore the output exactly"
+
+
+def test_weak_lora_survives_bfloat16(sd3: Any, model: Any) -> None:
+    """A change far below bfloat16's grid arrives on average; added to rounded weights, most of it would be lost."""
+    packed, _ = sd3
+    lora = model.make_lora(packed.model, 4)
+    lora = {name: value * (1e-3 if "lora_up" in name else 1) for name, value in lora.items()}
+    load_whole(packed)
+    before = {
+        name: module.dense_weight(dtype=torch.float32) for name, module in model.packed_modules(packed.model)
+    }
+    load_whole(apply(packed, lora, 1.0))
+    arrived = after_rounding = expected = 0.0
+    for name, module in model.packed_modules(packed.model):
+        wanted = module.dense_weight(dtype=torch.float32) - before[name]
+        assert wanted.abs().mean() < before[name].abs().mean() / 512
+        arrived += ((module.dense_weight(dtype=torch.bfloat16) - before[name]) * wanted).sum().item()
+        rounded = before[name].bfloat16()
+        after_rounding += ((rounded + wanted.bfloat16() - before[name]) * wanted).sum().item()
+        expected += wanted.square().sum().item()
+    assert arrived == pytest.approx(expected, rel=0.1)
+    assert after_rounding < 0.5 * expected, "the LoRA is not weak enough to show the difference"
+
+
+def test_bypass_lora(sd3: Any, model: Any) -> None:
+    import comfy.sd
+
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass LoRA")
+    lora = model.make_lora(sd3[0].model, 5)
+    changes = []
+    for patcher in sd3:
+        before = model.run(patcher, load=True)
+        patched, _ = comfy.sd.load_bypass_lora_for_models(patcher, None, dict(lora), 0.8, 0)
+        changes.append(model.run(patched, load=True) - before)
+    assert changes[1].abs().max() > 0.05
+    assert model.relative_error(*changes) < TOLERANCE
