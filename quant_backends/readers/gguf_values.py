@@ -167,7 +167,9 @@ class ByteCursor:
             start = self.take(FIXED_SIZES[value_type], what)
             return struct.unpack_from("<" + FIXED_CODES[value_type], self.buffer, start)[0]
         element, count = self._array_header(what, depth)
-        if element in (ValueType.STRING, ValueType.ARRAY):
+        if element is ValueType.STRING:
+            return self._read_strings(count, what)
+        if element is ValueType.ARRAY:
             return tuple(self.read_value(element, what, depth + 1) for _ in range(count))
         start = self.take(count * FIXED_SIZES[element], what)
         return struct.unpack_from(f"<{count}{FIXED_CODES[element]}", self.buffer, start)
@@ -191,6 +193,20 @@ class ByteCursor:
         if position > self.end:
             self.fail(f"a string in {what} reaches past the end of the file")
         self.position = position
+
+    def _read_strings(self, count: int, what: str) -> tuple[str, ...]:
+        # Skipping first checks every bound, so that the loop over a whole vocabulary can do without.
+        unpack, buffer, position = _U64.unpack_from, self.buffer, self.position
+        self._skip_strings(count, what)
+        strings = []
+        try:
+            for _ in range(count):
+                start = position + 8
+                position = start + unpack(buffer, position)[0]
+                strings.append(str(buffer[start:position], "utf-8"))
+        except UnicodeDecodeError as error:
+            self.fail(f"{what} at byte {start} is not valid UTF-8 ({error.reason})")
+        return tuple(strings)
 
 
 class Metadata(Mapping[str, MetadataValue]):

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_quantized_types(write_gguf: Callable[..., Path], name: str) -> None:
     block, size = gguf.GGML_QUANT_SIZES[kind]
     stored = np.random.default_rng(0).integers(0, 256, size=(3, 2 * size), dtype=np.uint8)
 
-    def add(writer: gguf.GGUFWriter) -> None:
+    def add(writer: Any) -> None:
         writer.add_tensor("w", stored, raw_dtype=kind)
 
     file = GGUFFile(write_gguf({}, setup=add))
