@@ -88,7 +88,10 @@ class Format:
     def dequantize_blocks(cls, blocks: torch.Tensor) -> torch.Tensor:
         """Decode blocks (uint8 [n, block_bytes]) to float32 [n, block_size] on the same device."""
         out = torch.empty((blocks.shape[0], cls.block_size), dtype=torch.float32, device=blocks.device)
-        cls.decode(blocks.contiguous(), out, Scratch(blocks.device))
+        if blocks.storage_offset() % 8:
+            blocks = blocks.clone()  # torch refuses views of wider dtypes at such an offset
+        if out.numel():
+            cls.decode(blocks.contiguous(), out, Scratch(blocks.device))
         return out
 
     @classmethod

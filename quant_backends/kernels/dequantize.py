@@ -50,6 +50,8 @@ def dequantize(
             f"The output must be a contiguous {dtype} tensor of shape {shape} on {data.device}, "
             f"got {'' if out.is_contiguous() else 'strided '}{out.dtype} {tuple(out.shape)} on {out.device}."
         )
+    if out.numel() == 0:
+        return out
     if fmt.dtype is not None:
         _copy_plain(data.view(-1), fmt.dtype, out.view(-1))
     else:
@@ -85,7 +87,10 @@ def _decode_chunks(blocks: torch.Tensor, fmt: type[Format], out: torch.Tensor) -
     limit = CPU_CHUNK * torch.get_num_threads() if blocks.device.type == "cpu" else GPU_CHUNK
     step = max(1, limit // fmt.block_size)
     scratch = Scratch(blocks.device, min(step, len(blocks)) * fmt.block_size * SCRATCH_BYTES)
+    aligned = blocks.storage_offset() % 8 == 0  # else torch refuses views of wider dtypes
     for chunk, result in zip(blocks.split(step), out.split(step), strict=True):
+        if not aligned:
+            chunk = scratch.get("chunk", chunk.shape, torch.uint8).copy_(chunk)
         if result.dtype == torch.float32:
             fmt.decode(chunk, result, scratch)
         else:
