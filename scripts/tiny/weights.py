@@ -7,7 +7,7 @@ import math
 import torch
 
 _NORM_SPREAD = 0.1
-_BIAS_SPREAD = 0.05
+_BIAS_SPREAD = 0.2
 
 
 def random_parameter(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
