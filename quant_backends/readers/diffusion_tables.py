@@ -31,16 +31,21 @@ VAE_DECODER = re.compile(r"(first_stage_model\.|vae\.)?decoder\.(conv_in|conv1)\
 LEADING_ONES = (
     (re.compile(r"pos_embed$"), 2, 3),  # Stable Diffusion 3: (1, positions, channels)
     (re.compile(r"(positional_encoding|register_tokens)$"), 2, 3),  # AuraFlow: (1, tokens, channels)
-    (re.compile(r"(blocks\.\d+|head)\.modulation$"), 2, 3),  # Wan: (1, 6 or 2, channels)
+    (re.compile(r"(\w*blocks\.\d+|head)\.modulation$"), 2, 3),  # Wan: (1, 6 or 2, channels)
     (re.compile(r"img_emb\.emb_pos$"), 2, 3),  # Wan first and last frame: (1, tokens, channels)
     (re.compile(r"(x|cap|siglip)_pad_token$"), 1, 2),  # Lumina 2, Z-Image: (1, channels)
     (re.compile(r"keyframes_abs_pos_embedding$"), 1, 2),  # LTX-Video: (1, channels)
     (re.compile(r".*\.padding_tokens$"), 1, 4),  # Wan Animate and S2V: (1, 1, 1, channels)
+    (re.compile(r"casual_audio_encoder\.weights$"), 3, 4),  # Wan S2V: (1, layers, 1, 1)
+    (re.compile(r"motion_encoder\..*\.bias$"), 3, 4),  # Wan Animate's StyleGAN layers: (1, channels, 1, 1)
     (re.compile(r"txtfusion\.projector\.weight$"), 1, 2),  # Krea 2: one output, (1, text layers)
 )
 
-# The only 3-D convolutions among the weights of supported models.
-CONV3D = re.compile(r"(([a-z]+_)?patch_embedding(_[a-z]+)?|img_in\.proj)\.weight$")
+# The 3-D convolutions of supported models: Wan with its variants, HunyuanVideo, HiDream-O1.
+CONV3D = re.compile(
+    r"(([a-z]+_)?patch_embedding(_[a-z]+)?|img_in\.proj|cond_encoder|frame_packer\.proj(_[24]x)?"
+    r"|visual\.patch_embed\.proj)\.weight$"
+)
 
 # 1x1 layers around the attention blocks of the U-Net models.
 UNET_PROJECTION = re.compile(r"(input_blocks|middle_block|output_blocks)\..*\.proj_(in|out)\.weight$")

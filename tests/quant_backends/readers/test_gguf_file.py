@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -175,3 +176,15 @@ def test_reading_costs_no_memory(raw: Callable, save: Callable[..., Path]) -> No
     tensor = GGUFFile(path).read("w")
     assert tensor[::4096].sum() == 0  # touches every page
     assert resident_bytes() - before < 1 << 24
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system decides")
+def test_a_file_larger_than_memory_opens(raw: Callable, save: Callable[..., Path]) -> None:
+    size = 1 << 40
+    path = save(raw(data=b"").tensor(dims=(size,), ggml_type=24))
+    try:
+        with open(path, "r+b") as file:
+            file.truncate(path.stat().st_size + size)  # sparse
+    except OSError as error:
+        pytest.skip(f"this file system holds no file of 1 TiB: {error}")
+    assert GGUFFile(path).read("w")[-4096:].sum() == 0
