@@ -25,7 +25,7 @@ def refuse_other_kinds(path: Path, names: Collection[str], metadata: Metadata) -
     """
     kind = text_value(metadata, "general.type")
     architecture = text_value(metadata, "general.architecture")
-    known_as = f" ({architecture})" if architecture else ""
+    known_as = f" ({architecture})" if architecture and architecture.isidentifier() else ""
     if kind == "adapter" or any(LORA.match(name) for name in names):
         _refuse(path, f"a LoRA{known_as}", "put it into models/loras and load it with a LoRA loader")
     if kind in VISION_TYPES or any(VISION_TOWER.match(name) for name in names):

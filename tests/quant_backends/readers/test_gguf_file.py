@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import struct
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +178,21 @@ def test_reading_costs_no_memory(raw: Callable, save: Callable[..., Path]) -> No
     tensor = GGUFFile(path).read("w")
     assert tensor[::4096].sum() == 0  # touches every page
     assert resident_bytes() - before < 1 << 24
+    path.unlink()
+
+
+def test_a_large_vocabulary_opens_fast(raw: Callable, save: Callable[..., Path]) -> None:
+    count = 150_000
+    words = b"".join(struct.pack("<Q6s", 6, b"%06d" % index) for index in range(count))
+    array = struct.pack("<IQ", 8, count) + words
+    path = save(raw().pair("tokens", 9, array).pair("merges", 9, array))
+    times = []
+    for _ in range(5):
+        started = time.process_time()
+        file = GGUFFile(path)
+        times.append(time.process_time() - started)
+    assert min(times) < 0.1
+    assert file.metadata["merges"] == tuple(f"{index:06d}" for index in range(count))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system decides")
@@ -188,3 +205,4 @@ def test_a_file_larger_than_memory_opens(raw: Callable, save: Callable[..., Path
     except OSError as error:
         pytest.skip(f"this file system holds no file of 1 TiB: {error}")
     assert GGUFFile(path).read("w")[-4096:].sum() == 0
+    path.unlink()  # whatever copies the test's folder might not keep it sparse
