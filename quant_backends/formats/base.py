@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from ..core.errors import SnugError
+from ..core.host_memory import empty
 
 FORMATS: dict[str, type[Format]] = {}
 
@@ -21,12 +22,12 @@ FORMATS: dict[str, type[Format]] = {}
 class Scratch:
     """Temporary buffers of one dequantize call, reused by all its chunks; nothing outlives the call.
 
-    All come out of one slab: a C library gives a single large block back to the next call without new page
-    faults, which it does not for many. `nbytes` should cover the first chunk, the largest one.
+    All come out of one slab, which costs fewer page faults than many buffers. `nbytes` should cover the first
+    chunk, the largest one.
     """
 
     def __init__(self, device: torch.device, nbytes: int = 0) -> None:
-        self._slab = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._slab = empty((nbytes,), torch.uint8, device)
         self._used = 0
         self._places: dict[str, torch.Tensor] = {}
         self._buffers: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}

@@ -35,10 +35,10 @@ def _nibble_floats(
     return low, high
 
 
-def _fifth_bits(qh: torch.Tensor, scratch: Scratch) -> torch.Tensor:
-    """16 or 0 for each of the 32 bits of qh (uint8 [n, 4]): int8 [n, 32]."""
+def _fifth_bits(qh: torch.Tensor, clear: int, scratch: Scratch) -> torch.Tensor:
+    """`clear` or `clear` + 16 for each of the 32 bits of qh (uint8 [n, 4]): int8 [n, 32]."""
     index = scratch.get("index", (qh.shape[0], 4), torch.int32).copy_(qh)
-    return lookup(bit_bytes(0, 16, qh.device), index, scratch, "bits").view(-1, 32)
+    return lookup(bit_bytes(clear, clear + 16, qh.device), index, scratch, "bits").view(-1, 32)
 
 
 class Q4_0(Format):
@@ -86,10 +86,10 @@ class Q5_0(Format):
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
         low, high = _nibble_floats(blocks, scratch)
-        out.copy_(_fifth_bits(blocks[:, 2:6], scratch))
+        out.copy_(_fifth_bits(blocks[:, 2:6], -16, scratch))
         out[:, :16] += low[:, 6:]
         out[:, 16:] += high[:, 6:]
-        out.sub_(number(16)).mul_(half_floats(blocks[:, :2]).t())
+        out.mul_(half_floats(blocks[:, :2]).t())
 
     @classmethod
     def encode(cls, values: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ class Q5_1(Format):
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
         d, m = half_floats(blocks[:, :4]).unsqueeze(2)
         low, high = _nibble_floats(blocks, scratch)
-        out.copy_(_fifth_bits(blocks[:, 4:8], scratch))
+        out.copy_(_fifth_bits(blocks[:, 4:8], 0, scratch))
         out[:, :16] += low[:, 8:]
         out[:, 16:] += high[:, 8:]
         out.mul_(d).add_(m)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..core.errors import SnugError
+from ..core.host_memory import empty
 from ..formats import Format, Scratch
 
 # Weights per chunk. On a CPU (per thread) it weighs the fixed cost of some dozen torch calls, about 0.1 ms,
@@ -44,7 +45,7 @@ def dequantize(
         )
     fmt.check_nbytes(data.numel(), shape)
     if out is None:
-        out = torch.empty(shape, dtype=dtype, device=data.device)
+        out = empty(shape, dtype, data.device)
     elif (tuple(out.shape), out.dtype, out.device, out.is_contiguous()) != (shape, dtype, data.device, True):
         raise SnugError(
             f"The output must be a contiguous {dtype} tensor of shape {shape} on {data.device}, "

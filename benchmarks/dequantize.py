@@ -1,0 +1,196 @@
+"""Decoding packed weights on the CPU: Snug beside the gguf package's numpy and, if given, another node pack.
+
+    python benchmarks/dequantize.py --cols 3072 12288 --threads 1 2 --peer path/to/ComfyUI-GGUF/dequant.py \
+        --markdown benchmarks/results/dequantize-cpu.md --json benchmarks/results/dequantize-cpu.json
+
+Each round runs every contender once on the same random bytes, in turn, and the median over the rounds counts.
+Every contender allocates its result; numpy's float32 result is converted with torch where another dtype is wanted.
+The peer decodes in float32 as Snug does (its own default, the stored float16, is not exact); types that it would
+hand to the gguf package are left out. The results are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle workers must not take the other contenders' time
+
+import gguf
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+from snug_path import register_snug
+
+register_snug()
+from snug.quant_backends.formats import FORMATS, Format  # noqa: E402
+from snug.quant_backends.kernels.dequantize import dequantize  # noqa: E402
+
+Contenders = dict[str, Callable[[], torch.Tensor]]
+
+
+def load_peer(path: str) -> ModuleType:
+    """The `dequant.py` of a ComfyUI-GGUF checkout, as a module of its own."""
+    spec = importlib.util.spec_from_file_location("peer_dequant", path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is no Python file; give the path of the peer's dequant.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def contenders(
+    fmt: type[Format], shape: tuple[int, int], dtype: torch.dtype, peer: ModuleType | None
+) -> Contenders:
+    """What decodes random bytes of one format; Snug last."""
+    row_bytes = fmt.nbytes(shape[1:])
+    raw = np.random.default_rng(0).integers(0, 256, (shape[0], row_bytes), dtype=np.uint8)
+    packed = torch.from_numpy(raw)
+    ggml_type = gguf.GGMLQuantizationType[fmt.name]
+    found: Contenders = {}
+    if fmt.name != "Q1_0":  # the gguf package does not decode it
+        found["numpy"] = lambda: torch.from_numpy(gguf.quants.dequantize(raw, ggml_type)).to(dtype)
+    if peer is not None and ggml_type in peer.dequantize_functions:
+        decode = peer.dequantize
+        found["peer"] = lambda: decode(packed, ggml_type, shape, dtype=torch.float32).to(dtype)
+    found["snug"] = lambda: dequantize(packed, fmt, shape, dtype)
+    return found
+
+
+def check(runs: Contenders) -> None:
+    """Raise unless all results are the same (a NaN equals a NaN)."""
+    results = [run() for run in runs.values()]
+    for name, result in zip(runs, results, strict=True):
+        if not torch.equal(result.nan_to_num(), results[-1].nan_to_num()):
+            raise SystemExit(f"{name} differs from Snug: the table would compare different things")
+
+
+def medians(runs: Contenders, rounds: int) -> dict[str, float]:
+    """Milliseconds of each contender, interleaved."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One record per table: its settings and the times of every format."""
+    peer = load_peer(arguments.peer) if arguments.peer else None
+    formats = [fmt for fmt in FORMATS.values() if fmt.dtype is None or fmt.name == "BF16"]
+    formats = [fmt for fmt in formats if not arguments.types or fmt.name in arguments.types]
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for columns in arguments.cols:
+            for name in arguments.dtype:
+                shape = (arguments.rows, columns)
+                times = {}
+                for fmt in formats:
+                    runs = contenders(fmt, shape, getattr(torch, name), peer)
+                    check(runs)
+                    times[fmt.name] = medians(runs, arguments.rounds)
+                yield {"threads": threads, "shape": shape, "dtype": name, "milliseconds": times}
+
+
+def environment() -> dict[str, str]:
+    """What the numbers depend on."""
+    model = platform.processor()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpu_info.read_text().splitlines()
+            if "model name" in line
+        ]
+        model = names[0] if names else model
+    return {
+        "processor": f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "numpy", "gguf")},
+    }
+
+
+def table(record: dict[str, Any]) -> str:
+    """One record as a Markdown table."""
+    rows, columns = record["shape"]
+    lines = [
+        f"### {rows} x {columns} to {record['dtype']}, threads: {record['threads']}",
+        "",
+        "| type | gguf numpy ms | peer ms | Snug ms | Snug G weights/s | numpy / Snug | peer / Snug |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, times in record["milliseconds"].items():
+        snug = times["snug"]
+        speed = rows * columns / snug / 1e6
+        cells = [f"{times[key]:.1f}" if key in times else "–" for key in ("numpy", "peer")]
+        ratios = [f"{times[key] / snug:.1f}" if key in times else "–" for key in ("numpy", "peer")]
+        lines.append(
+            f"| {name} | {cells[0]} | {cells[1]} | {snug:.1f} | {speed:.2f} | {ratios[0]} | {ratios[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """The command line that repeats this run, without machine-dependent paths."""
+    words = ["python benchmarks/dequantize.py", f"--rows {arguments.rows}", f"--rounds {arguments.rounds}"]
+    for option in ("cols", "dtype", "threads", "types"):
+        values = getattr(arguments, option)
+        if values:
+            words.append(f"--{option} {' '.join(map(str, values))}")
+    return " ".join(words + (["--peer ComfyUI-GGUF/dequant.py"] if arguments.peer else []))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=3072)
+    parser.add_argument("--cols", type=int, nargs="+", default=[3072], help="multiples of 256")
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "float16", "bfloat16"]
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch's threads; numpy uses one")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--types", nargs="+", default=[], choices=FORMATS, metavar="TYPE", help="default: all"
+    )
+    parser.add_argument("--peer", help="dequant.py of a ComfyUI-GGUF checkout")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    arguments = parser.parse_args()
+
+    facts = environment()
+    head = ["# Decoding packed weights on the CPU", "", f"`{command(arguments)}`", ""]
+    head += [f"- {key}: {value}" for key, value in facts.items()]
+    text = "\n".join(head) + "\n"
+    print(text)
+    records = []
+    with np.errstate(all="ignore"):  # random bytes hold infinite scales
+        for record in measure(arguments):
+            records.append(record)
+            print(table(record) + "\n", flush=True)
+            text += "\n" + table(record) + "\n"
+    if arguments.markdown:
+        arguments.markdown.write_text(text, encoding="utf-8")
+    if arguments.json:
+        result = {"command": command(arguments), "environment": facts, "tables": records}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
