@@ -1,27 +1,20 @@
-"""ComfyUI imported into the test process, and tiny models as GGUF beside their dense twins.
-
-The twin holds the dequantized weights of the GGUF file and goes through ComfyUI's own loader, so whatever
-differs between the two is Snug's doing and not the quantization's.
-"""
+"""ComfyUI imported into the test process, and tiny models as GGUF beside their dense twins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from native_quantizer import native_quantizer
-from safetensors.torch import load_file, save_file
+from tiny import make_tiny_model, use_comfyui
+from twins import Twins, make_twins
 
 
 @pytest.fixture(scope="session", autouse=True)
 def comfy(comfyui_path: Path) -> ModuleType:
-    from tiny import use_comfyui
-
     use_comfyui(comfyui_path)
     import comfy.sd
 
@@ -35,21 +28,6 @@ def unload(comfy: ModuleType) -> Iterator[None]:
     comfy.model_management.unload_all_models()
 
 
-@dataclass(frozen=True)
-class Twins:
-    """One tiny model: the GGUF file, and its dequantized weights as a dense safetensors file."""
-
-    gguf: Path
-    dense: Path
-
-    def load(self) -> tuple[Any, Any]:
-        """Freshly loaded (packed, dense) model patchers."""
-        import comfy.sd
-        from snug.nodes.adapter.loading import load_diffusion_model
-
-        return load_diffusion_model(str(self.gguf)), comfy.sd.load_diffusion_model(str(self.dense))
-
-
 @pytest.fixture(scope="session")
 def twins(comfy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Twins]:
     """twins(family, format) makes both files once per session."""
@@ -58,33 +36,13 @@ def twins(comfy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
     def make(family: str, format: str) -> Twins:
         if (family, format) not in made:
-            made[family, format] = _make_twins(folder, family, format)
+            source = folder / f"{family}.safetensors"
+            if not source.exists():
+                make_tiny_model(family, source)
+            made[family, format] = make_twins(source, folder, format)
         return made[family, format]
 
     return make
-
-
-def _make_twins(folder: Path, family: str, format: str) -> Twins:
-    from snug.nodes.adapter.compat import flux_qk_norm
-    from snug.quant_backends.core.packed import PackedTensor
-    from snug.quant_backends.kernels.dequantize import dequantize
-    from snug.quant_backends.readers import load_diffusion_gguf
-    from snug.quant_backends.writers.gguf_file import write_gguf
-    from tiny import make_tiny_model
-
-    source = folder / f"{family}.safetensors"
-    if not source.exists():
-        make_tiny_model(family, source)
-    twins = Twins(folder / f"{family}-{format}.gguf", folder / f"{family}-{format}.safetensors")
-    write_gguf(twins.gguf, load_file(source), format, quantizer=native_quantizer)
-    dense = {
-        name: dequantize(tensor.data, tensor.format, tensor.shape)
-        if isinstance(tensor, PackedTensor)
-        else tensor.float().clone()
-        for name, tensor in load_diffusion_gguf(twins.gguf, flux_qk_norm()).state_dict.items()
-    }
-    save_file(dense, twins.dense)
-    return twins
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ SETUPS: dict[str, SamplingSetup] = {
     "sd3": SamplingSetup("EmptySD3LatentImage", (77, 4096), pooled=2048, vae="taesd3"),
     "flux": SamplingSetup("EmptySD3LatentImage", (32, 512), pooled=768, cfg=1.0, vae="taef1"),
     "qwen_image": SamplingSetup("EmptySD3LatentImage", (32, 3584)),
-    "lumina2": SamplingSetup("EmptySD3LatentImage", (32, 512), vae="taef1"),
+    # Z-Image pads prompts to a multiple of 32 tokens with a learned token: 20 makes it count.
+    "lumina2": SamplingSetup("EmptySD3LatentImage", (20, 512), vae="taef1"),
     "wan": SamplingSetup("EmptyHunyuanLatentVideo", (32, 4096), frames=5),
     "ltxv": SamplingSetup("EmptyLTXVLatentVideo", (32, 4096), attention_mask=True, frames=9),
     "hunyuan_video": SamplingSetup("EmptyHunyuanLatentVideo", (32, 512), pooled=768, frames=5, cfg=1.0),
