@@ -99,16 +99,11 @@ def _import_gguf() -> Any:
 
 def _writable_format(name: str, quantizer: Quantizer | None) -> type[Format]:
     fmt = FORMATS.get(name)
-    plain = [name for name in ("F32", "F16", "BF16") if name in FORMATS]
-    if fmt is None or (fmt.dtype is not None and name not in plain):
-        raise SnugError(
-            f"{name!r} is no format for weights; choose one of {', '.join([*plain, *quantizable_formats()])}."
-        )
-    if fmt.dtype is None and quantizer is None and not fmt.can_quantize:
-        raise SnugError(
-            f"Snug cannot quantize to {name}; choose one of {', '.join([*plain, *quantizable_formats()])} "
-            f"or pass a quantizer."
-        )
+    choices = ", ".join(quantizable_formats())
+    if fmt is None or (fmt.dtype is not None and not fmt.can_quantize):
+        raise SnugError(f"{name!r} is no format for weights; choose one of {choices}.")
+    if quantizer is None and not fmt.can_quantize:
+        raise SnugError(f"Snug cannot quantize to {name}; choose one of {choices} or pass a quantizer.")
     return fmt
 
 

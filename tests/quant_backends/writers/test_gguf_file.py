@@ -154,7 +154,7 @@ def test_weights_outside_float16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Q9_9", "I32", "q8_0"])
 def test_unknown_format(tmp_path: Path, name: str) -> None:
-    with pytest.raises(SnugError, match="no format for weights; choose one of F32, F16, BF16"):
+    with pytest.raises(SnugError, match="no format for weights; choose one of .*Q8_0"):
         write_gguf(tmp_path / "model.gguf", wan_tensors(), name)
 
 
