@@ -1,8 +1,9 @@
 """Decides how each tensor goes into a GGUF file, before anything is written.
 
 The rules are those of the usual converters (ComfyUI-GGUF's tools/convert.py and llama.cpp's quantizer):
-vectors, tensors of at most 1024 weights and a few named parameters are F32; of the rest, matrices take the
-wanted format unless their architecture keeps them or their rows are no whole number of blocks.
+vectors, tensors of at most 1024 weights, kernels of more than four dimensions and a few named parameters are
+F32; of the rest, matrices take the wanted format unless their architecture keeps them or their rows are no
+whole number of blocks.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def plan_tensors(
             )
         original = tuple(tensor.shape)
         stored = _stored_shape(original, rules)
-        chosen = _choose_format(name, stored, tensor.dtype, fmt, rules)
+        if len(original) > MAX_DIMS:
+            chosen = FORMATS["F32"]  # ComfyUI-GGUF takes the original shape of F16 and F32 kernels only
+        else:
+            chosen = _choose_format(name, stored, tensor.dtype, fmt, rules)
         plan.append(PlannedTensor(name, chosen, stored, original if stored != original else None))
     return plan
 

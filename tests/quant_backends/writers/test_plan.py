@@ -84,8 +84,9 @@ def test_unets_are_folded_to_rows_of_256(shape: tuple[int, ...], stored: tuple[i
 
 
 def test_five_dimensions_are_stored_as_four() -> None:
-    planned = plan_one("patch_embedding.weight", 256, 16, 1, 2, 2, arch="wan")
+    planned = plan_one("patch_embedding.weight", 256, 16, 1, 2, 2, arch="wan", dtype=torch.bfloat16)
     assert (planned.shape, planned.original_shape) == ((4096, 1, 2, 2), (256, 16, 1, 2, 2))
+    assert planned.format.name == "F32"
 
 
 def test_name_limit_counts_bytes() -> None:
