@@ -18,7 +18,7 @@ from .words import column_words, extract, half_floats, number, scale_codes
 class TQ1_0(Format):
     """qs 48 bytes | qh 4 bytes | d f16; d * (digit - 1), where a byte holds five base-3 digits.
 
-    Digit k of byte b is ((b * 3^k mod 256) * 3) >> 8, which is 0 up to 85 and 1 up to 170. In weight order:
+    Digit k of byte b is ((b * 3^k mod 256) * 3) >> 8: what a multiplication by 3 carries out. In weight order:
     five digits of qs[0:32], five of qs[32:48], four of qh, the byte running fastest.
     """
 
@@ -26,21 +26,17 @@ class TQ1_0(Format):
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
-        n = blocks.shape[0]
-        powers = scratch.get("powers", (n, 52), torch.uint8).copy_(blocks[:, :52])
-        products = scratch.get("products", (n, 256), torch.uint8)
+        rest = scratch.get("rest", (blocks.shape[0], 52), torch.int16).copy_(blocks[:, :52])
+        digit = scratch.get("digit", rest.shape, torch.int16)
         for k in range(5):
-            products[:, 32 * k : 32 * k + 32].copy_(powers[:, :32])
-            products[:, 160 + 16 * k : 176 + 16 * k].copy_(powers[:, 32:48])
+            rest *= number(3)
+            torch.bitwise_right_shift(rest, number(8), out=digit).sub_(number(1))
+            rest &= number(255)
+            out[:, 32 * k : 32 * k + 32] = digit[:, :32]
+            out[:, 160 + 16 * k : 176 + 16 * k] = digit[:, 32:48]
             if k < 4:
-                products[:, 240 + 4 * k : 244 + 4 * k].copy_(powers[:, 48:])
-                powers *= number(3)
-        codes = scratch.get("codes", (n, 256), torch.bool)
-        below = scratch.get("below", (n, 256), torch.bool)
-        torch.gt(products, number(85), out=codes)
-        torch.le(products, number(170), out=below)
-        signed = codes.view(torch.int8).sub_(below.view(torch.int8))
-        scale_codes(signed, half_floats(blocks[:, 52:]), out)
+                out[:, 240 + 4 * k : 244 + 4 * k] = digit[:, 48:]
+        out.mul_(half_floats(blocks[:, 52:]).t())
 
     @classmethod
     def encode(cls, values: torch.Tensor) -> torch.Tensor:
