@@ -59,10 +59,9 @@ def plan_tensors(
             )
         original = tuple(tensor.shape)
         stored = _stored_shape(original, rules)
-        if len(original) > MAX_DIMS:
-            chosen = FORMATS["F32"]  # ComfyUI-GGUF takes the original shape of F16 and F32 kernels only
-        else:
-            chosen = _choose_format(name, stored, tensor.dtype, fmt, rules)
+        # ComfyUI-GGUF restores the original shape of F16 and F32 kernels only.
+        too_deep = len(original) > MAX_DIMS
+        chosen = FORMATS["F32"] if too_deep else _choose_format(name, stored, tensor.dtype, fmt, rules)
         plan.append(PlannedTensor(name, chosen, stored, original if stored != original else None))
     return plan
 
