@@ -75,6 +75,16 @@ def test_an_empty_tensor(fmt: type[Format]) -> None:
     assert dequantize(torch.empty(0, dtype=torch.uint8), fmt, shape, torch.float32).shape == shape
 
 
+@every_format
+def test_all_work_stays_on_the_device_of_the_data(fmt: type[Format]) -> None:
+    # The meta device refuses to mix with any other, so it shows a table or constant left on the CPU.
+    shape = (3, 8 * fmt.block_size)
+    packed = torch.empty(fmt.nbytes(shape), dtype=torch.uint8, device="meta")
+    assert dequantize(packed, fmt, shape, torch.bfloat16).device.type == "meta"
+    if fmt.can_quantize:
+        assert quantize(torch.empty(shape, device="meta"), fmt).device.type == "meta"
+
+
 def test_the_packed_bytes_are_left_as_they_were(random_blocks: RandomBlocks) -> None:
     for fmt in PACKED:
         blocks = random_blocks(fmt, 8)
