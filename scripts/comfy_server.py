@@ -91,6 +91,8 @@ class ComfyServer:
 
     def start(self, timeout: float = 120.0) -> None:
         """Start the process and wait until it answers; ServerError when it does not within ``timeout`` seconds."""
+        if self._process is not None:
+            raise ServerError(f"ComfyUI is already running at {self.url}.")
         for name in ("models", "custom_nodes", "input", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         for name, folder in self.packs.items():

@@ -41,26 +41,27 @@ def main() -> int:
     out: Path = options.out.resolve()
     base = out / "comfyui"
     models = base / "models"
+    comfyui = Path(os.environ["SNUG_COMFYUI_PATH"])
     steps = Steps(3)
 
     with steps.step("model files"):
         if options.model:
-            dense, vae, encoder = options.model, options.vae, options.text_encoder
+            dense, vae, encoder = options.model, options.vae.name, options.text_encoder
+            _place(options.vae, models / "vae")
+            _place(encoder, models / "text_encoders")
         else:
-            dense, vae, encoder = out / "tiny-sd15.safetensors", out / "tiny-vae.safetensors", None
-            make_demo_model(Path(os.environ["SNUG_COMFYUI_PATH"]), dense, vae, options.seed)
-        ggufs = write_gguf_versions(dense, _made(out))
-    placed = [(dense, "diffusion_models"), (vae, "vae")] + [
-        (file, "diffusion_models") for file in ggufs.values()
-    ]
-    for file, kind in placed + ([(encoder, "text_encoders")] if encoder else []):
-        _place(file, _made(models / kind))
+            dense, encoder = out / "tiny-sd15.safetensors", None
+            vae = make_demo_model(comfyui, dense, models / "vae_approx", options.seed)
+        out.mkdir(parents=True, exist_ok=True)
+        ggufs = write_gguf_versions(dense, out)
+        for file in (dense, *ggufs.values()):
+            _place(file, models / "diffusion_models")
 
     picture = Picture(
         size=options.size,
         steps=options.steps,
         seed=options.seed,
-        vae=vae.name,
+        vae=vae,
         prompt=options.prompt,
         text_encoder=encoder.name if encoder else None,
         text_encoder_type=options.text_encoder_type,
@@ -69,21 +70,19 @@ def main() -> int:
         "ComfyUI-Snug": ROOT,
         "snug_test_nodes": ROOT / "tests" / "comfy" / "custom_nodes" / "snug_test_nodes",
     }
-    comfyui = Path(os.environ["SNUG_COMFYUI_PATH"])
     server = ComfyServer(Path(sys.executable), comfyui, base, packs, cpu=not options.gpu)
     try:
         with steps.step("start ComfyUI"):
             server.start()
-        with server:
-            if server.failed_imports():
-                raise ServerError(f"ComfyUI could not import {server.failed_imports()}.\n{server.log_tail()}")
-            with steps.step("images"):
-                results = compare(server, picture, dense, ggufs, out)
-            print_table(results, random_weights=encoder is None)
-            print(f"\nImages and model files: {out}")
-            if options.serve:
-                print(f"ComfyUI with these models: {server.url} (Ctrl-C ends it)", flush=True)
-                threading.Event().wait()
+        if server.failed_imports():
+            raise ServerError(f"ComfyUI could not import {server.failed_imports()}.\n{server.log_tail()}")
+        with steps.step("images"):
+            results = compare(server, picture, dense, ggufs, out)
+        print_table(results, random_weights=encoder is None)
+        print(f"\nImages and model files: {out}")
+        if options.serve:
+            print(f"ComfyUI with these models: {server.url} (Ctrl-C ends it)", flush=True)
+            threading.Event().wait()
     except KeyboardInterrupt:
         return 0
     except (ServerError, WorkflowError) as error:
@@ -148,13 +147,9 @@ def print_table(results: list[Result], random_weights: bool) -> None:
         print("The model has random weights, so its images are patterns; give a real one with --model.")
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _place(file: Path, folder: Path) -> None:
     """Make ``file`` visible in a model folder without copying it where links are possible."""
+    folder.mkdir(parents=True, exist_ok=True)
     place = folder / file.name
     place.unlink(missing_ok=True)
     try:

@@ -52,6 +52,11 @@ def test_failing_node_is_named_with_its_error(comfy_server: ComfyServer) -> None
     assert caught.value.node_type == "LoadLatent"
 
 
+def test_second_start_is_refused(comfy_server: ComfyServer) -> None:
+    with pytest.raises(ServerError, match="already running"):
+        comfy_server.start()
+
+
 def test_free_and_interrupt_are_accepted(comfy_server: ComfyServer) -> None:
     comfy_server.free()
     comfy_server.interrupt()
