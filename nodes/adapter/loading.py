@@ -9,6 +9,7 @@ from typing import Any
 import comfy.sd
 import comfy.utils
 import torch
+from safetensors import SafetensorError
 
 from ...quant_backends.core.errors import FileFormatError
 from ...quant_backends.core.packed import PackedTensor
@@ -50,7 +51,14 @@ def load_diffusion_model(path: str, compute_dtype: str = "auto", disable_dynamic
 
 def _load_with_core(path: str, disable_dynamic: bool) -> Any:
     options = supported_arguments(comfy.sd.load_diffusion_model, disable_dynamic=disable_dynamic)
-    return comfy.sd.load_diffusion_model(path, **options)
+    try:
+        return comfy.sd.load_diffusion_model(path, **options)
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise FileFormatError(
+            path,
+            f"ComfyUI cannot load this file as a diffusion model ({_summary(error)})",
+            "check that it is one, and complete; text encoders, VAEs, LoRAs and checkpoints have loaders of their own",
+        ) from error
 
 
 def _load_gguf(path: str, disable_dynamic: bool) -> Any:
@@ -92,9 +100,9 @@ def _format_summary(tensors: LoadedTensors) -> str:
     return f"architecture {tensors.architecture or 'not named'}, tensors: {counts}"
 
 
-def _summary(error: RuntimeError) -> str:
+def _summary(error: Exception) -> str:
     """torch lists every tensor that does not fit on a line of its own; the first few are enough."""
-    lines = [line.strip().rstrip(".") for line in str(error).splitlines()]
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     lines = lines[1:] or lines
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
     return "; ".join(lines[:3]) + more

@@ -44,11 +44,14 @@ class PackedPatcher:
     def _attach_patches(self) -> None:
         """Gives each packed layer the patches of its key and takes away what core has attached instead."""
         nbytes = 0
+        # With dynamic VRAM the weights themselves stay on the CPU and are paged in as they are used.
+        paged_to = self.load_device if getattr(self, "is_dynamic", bool)() else None
         for name, module in packed_modules(self.model):
             key = f"{name}.weight"
             patches = WeightPatches(key, self.patches[key]) if self.patches.get(key) else None
-            if patches is not None and module.weight.device.type != "cpu":
-                patches, moved = patches.to(module.weight.device)
+            device = paged_to or module.weight.device
+            if patches is not None and device.type != "cpu":
+                patches, moved = patches.to(device)
                 nbytes += moved
             others = [f for f in module.weight_function if not isinstance(f, _LOWVRAM_PATCH | WeightPatches)]
             if hasattr(module, "weight_lowvram_function"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from comfy_server import ComfyServer
+from tiny import make_tiny_model, use_comfyui
+from twins import Twins, make_twins
 
 TEST_NODES = Path(__file__).parent / "custom_nodes"
 
@@ -27,3 +29,36 @@ def comfy_server(
     with ComfyServer(Path(sys.executable), comfyui_path, base, pack_folders(root)) as server:
         assert server.failed_imports() == [], server.log_tail()
         yield server
+
+
+@pytest.fixture(scope="session")
+def source(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """source(family) is a tiny model of that family with its original names and dtype, made once."""
+    use_comfyui(comfyui_path)
+    folder = tmp_path_factory.mktemp("sources")
+
+    def make(family: str) -> Path:
+        path = folder / f"{family}.safetensors"
+        if not path.exists():
+            make_tiny_model(family, path)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def twins(source: Callable[[str], Path], comfy_server: ComfyServer) -> Iterator[Callable[[str, str], Twins]]:
+    """twins(family, format) puts both files into the server's model folder, for one test."""
+    folder = comfy_server.base / "models" / "diffusion_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    made: list[Twins] = []
+
+    def make(family: str, format: str) -> Twins:
+        made.append(make_twins(source(family), folder, format))
+        return made[-1]
+
+    yield make
+    comfy_server.free()
+    for pair in made:
+        pair.gguf.unlink()
+        pair.dense.unlink()

@@ -11,7 +11,7 @@ import torch
 from comfy_server import ComfyServer
 from safetensors.torch import load_file
 from tiny import FAMILIES, make_tiny_lora, make_tiny_model, make_tiny_vae, use_comfyui
-from workflows import SETUPS, Lora, build_workflow
+from workflows import SETUPS, Lora, build_workflow, saved_latent
 
 # SD1.5 has folded rows and kernels, HunyuanVideo other names in files than in ComfyUI's modules.
 LORA_FAMILIES = ["sd15", "hunyuan_video"]
@@ -39,11 +39,6 @@ def server(comfy_server: ComfyServer, comfyui_path: Path) -> ComfyServer:
 def sample(server: ComfyServer, family: str, *loras: Lora) -> torch.Tensor:
     outputs = server.run(build_workflow(family, "dense", f"{family}.safetensors", steps=2, loras=loras))
     return saved_latent(server, outputs)
-
-
-def saved_latent(server: ComfyServer, outputs: dict[str, Any]) -> torch.Tensor:
-    saved = outputs["save"]["latents"][0]
-    return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
 
 
 def test_every_family_has_a_workflow() -> None:

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from comfy_server import ComfyServer
+from safetensors.torch import load_file
+
 Workflow = dict[str, dict[str, Any]]
 Lora = tuple[str, float]
 
@@ -140,3 +144,9 @@ def _image(setup: SamplingSetup, output: str) -> Workflow:
         "decode": {"class_type": "VAEDecode", "inputs": {"samples": ["sampler", 0], "vae": ["vae", 0]}},
         "image": {"class_type": "SaveImage", "inputs": {"images": ["decode", 0], "filename_prefix": output}},
     }
+
+
+def saved_latent(server: ComfyServer, outputs: dict[str, Any]) -> torch.Tensor:
+    """The latent that a workflow saved."""
+    saved = outputs["save"]["latents"][0]
+    return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]

@@ -1,0 +1,99 @@
+"""How the pack behaves as a guest: nothing of ComfyUI is changed, nothing starts on import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import asyncio, json, sys, threading
+sys.argv = [sys.argv[0], "--cpu"]
+sys.path.insert(0, {comfyui!r})
+sys.path.insert(1, {scripts!r})
+import comfy.options
+comfy.options.enable_args_parsing()
+import utils.install_util  # before nodes, which puts ComfyUI's folder comfy/ with its utils.py in front
+import comfy.sd, comfy.ldm.flux.layers, folder_paths, nodes, server
+from comfy_api.latest import ComfyExtension, io
+
+def attributes():
+    return {{
+        (name, key): id(value)
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] in ("comfy", "folder_paths", "nodes", "server", "execution", "comfy_execution")
+        for key, value in [*vars(module).items(), *class_attributes(module)]
+        if not key.startswith("__")
+    }}
+
+def class_attributes(module):
+    for class_name, cls in list(vars(module).items()):
+        if isinstance(cls, type):
+            for key, value in list(vars(cls).items()):
+                if not key.startswith("_abc"):
+                    yield f"{{class_name}}.{{key}}", value
+
+import comfy.weight_adapter, comfy_kitchen.tensor, torch
+before, threads = attributes(), threading.active_count()
+import logging
+level = (logging.getLogger().level, len(logging.getLogger().handlers))
+from snug_path import register_snug
+snug = register_snug()
+extension = asyncio.run(snug.comfy_entrypoint())
+found = asyncio.run(extension.get_node_list())
+schemas = [node.GET_SCHEMA() for node in found]
+after = attributes()
+print(json.dumps({{
+    "changed": [".".join(key) for key, value in before.items() if after.get(key) != value],
+    "threads": threading.active_count() - threads,
+    "logging": level == (logging.getLogger().level, len(logging.getLogger().handlers)),
+    "nodes_is_comfyui": nodes.__file__.startswith({comfyui!r}) and hasattr(nodes, "KSampler"),
+    "libraries": [name for name in ("gguf", "diffusers", "bitsandbytes", "torchao", "optimum") if name in sys.modules],
+    "node_ids": [schema.node_id for schema in schemas],
+    "inputs": {{schema.node_id: {{entry.id: entry.tooltip for entry in schema.inputs}} for schema in schemas}},
+    "described": {{schema.node_id: bool(schema.description) for schema in schemas}},
+}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def report(comfyui_path: Path, root: Path) -> dict:
+    script = SCRIPT.format(comfyui=str(comfyui_path), scripts=str(root / "scripts"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=comfyui_path)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.comfy
+def test_import_leaves_comfyui_as_it_was(report: dict) -> None:
+    assert report["changed"] == []
+    assert report["threads"] == 0
+    assert report["logging"]
+
+
+@pytest.mark.comfy
+def test_comfyui_keeps_its_own_nodes_module(report: dict) -> None:
+    assert report["nodes_is_comfyui"]
+
+
+@pytest.mark.comfy
+def test_optional_libraries_are_not_imported(report: dict) -> None:
+    assert report["libraries"] == []
+
+
+@pytest.mark.comfy
+def test_every_node_is_documented(report: dict, root: Path) -> None:
+    """Id prefix, description, a tooltip for every input, a help page and a locale entry."""
+    locale = json.loads((root / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    listed = json.loads((root / "node_list.json").read_text(encoding="utf-8"))
+    assert sorted(locale) == sorted(report["node_ids"])
+    for node_id in report["node_ids"]:
+        assert node_id.startswith("Snug")
+        assert report["described"][node_id]
+        assert all(report["inputs"][node_id].values()), "an input has no tooltip"
+        assert (root / "web" / "docs" / f"{node_id}.md").stat().st_size > 500
+        assert set(locale[node_id]["inputs"]) == set(report["inputs"][node_id])
+        assert node_id in listed
