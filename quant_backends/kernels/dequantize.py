@@ -14,13 +14,22 @@ from ..core.errors import SnugError
 from ..core.host_memory import empty
 from ..formats import Format, Scratch
 
-# Weights per chunk. On a CPU (per thread) it weighs the fixed cost of some dozen torch calls, about 0.1 ms,
-# against the cache that intermediates of about 6 bytes a weight need: measured best between 2^18 and 2^20.
+# Weights per chunk. On a CPU it weighs the fixed cost of some dozen torch calls, about 0.1 ms, against the cache
+# that intermediates of about 6 bytes a weight need: 2^19 to 2^21 measured alike, 2^18 a third slower.
 # A GPU needs enough work per kernel launch, at a few tens of MiB of scratch.
-CPU_CHUNK = 1 << 19
+CPU_CHUNK = 1 << 20
 GPU_CHUNK = 1 << 21
 # Scratch per weight: no format needs more, the float32 copy of a narrower output included.
 SCRATCH_BYTES = 16
+# An encoder's intermediates take up to this many times a decoder's (MXFP4 compares 16 candidates a weight).
+ENCODER_COST = 16
+
+
+def weights_per_chunk(device: torch.device) -> int:
+    """Weights decoded at a time on this device; more threads share a chunk, but each still needs its part."""
+    if device.type != "cpu":
+        return GPU_CHUNK
+    return max(CPU_CHUNK, CPU_CHUNK // 4 * torch.get_num_threads())
 
 
 def dequantize(
@@ -70,7 +79,7 @@ def quantize(values: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
     columns = values.shape[-1] if values.dim() else 1
     blocks = values.reshape(-1, fmt.block_size)
     packed = torch.empty((len(blocks), fmt.block_bytes), dtype=torch.uint8, device=values.device)
-    step = max(1, (CPU_CHUNK if values.device.type == "cpu" else GPU_CHUNK) // fmt.block_size)
+    step = max(1, weights_per_chunk(values.device) // ENCODER_COST // fmt.block_size)
     for chunk, result in zip(blocks.split(step), packed.split(step), strict=True):
         result.copy_(fmt.quantize_blocks(chunk.float()))
     return packed.view(-1, columns // fmt.block_size * fmt.block_bytes)
@@ -85,8 +94,7 @@ def _copy_plain(data: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> N
 
 
 def _decode_chunks(blocks: torch.Tensor, fmt: type[Format], out: torch.Tensor) -> None:
-    limit = CPU_CHUNK * torch.get_num_threads() if blocks.device.type == "cpu" else GPU_CHUNK
-    step = max(1, limit // fmt.block_size)
+    step = max(1, weights_per_chunk(blocks.device) // fmt.block_size)
     scratch = Scratch(blocks.device, min(step, len(blocks)) * fmt.block_size * SCRATCH_BYTES)
     aligned = blocks.storage_offset() % 8 == 0  # else torch refuses views of wider dtypes
     for chunk, result in zip(blocks.split(step), out.split(step), strict=True):

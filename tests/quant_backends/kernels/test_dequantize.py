@@ -21,9 +21,9 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Shrinks a chunk to 1024 weights on every number of threads; returns that."""
-    monkeypatch.setattr(module, "CPU_CHUNK", 1024 // torch.get_num_threads())
-    return module.CPU_CHUNK * torch.get_num_threads()
+    """Shrinks chunks to about a thousand weights; returns how many."""
+    monkeypatch.setattr(module, "CPU_CHUNK", 1024)
+    return module.weights_per_chunk(torch.device("cpu"))
 
 
 @packed_format
