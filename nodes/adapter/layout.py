@@ -94,9 +94,9 @@ def packed_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor |
 
 
 @register_layout_op(torch.ops.aten.linear.default, GGMLLayout)
-def _linear(_first: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def _linear(_first: object, args: Any, kwargs: Any) -> torch.Tensor:
     """Code that calls F.linear with the weight itself gets the same kernel as Snug's own Linear."""
-    x, weight, bias = (*args, kwargs.get("bias"))[:3]
+    x, weight, bias, *_ = (*args, kwargs.get("bias"))
     x = unpack(x, x.dtype) if is_packed(x) else x
     if not is_packed(weight):
         return torch.nn.functional.linear(x, weight, bias)

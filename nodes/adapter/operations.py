@@ -116,6 +116,8 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
 class PackedConv(PackedWeightModule):
     """Mixin for Conv1d, Conv2d and Conv3d: decodes the kernel, then ComfyUI's own convolution."""
 
+    _conv_forward: Any
+
     def forward_comfy_cast_weights(self, input: torch.Tensor, **options: Any) -> torch.Tensor:
         weight, bias, token = self.cast_dense(input)
         output = self._conv_forward(input, weight, bias, **options)

@@ -37,6 +37,8 @@ class PackedWeightModule(torch.nn.Module):
     settings: LoadSettings
     weight: Any
     bias: Any
+    weight_function: list[Any]
+    weight_lowvram_function: Any
     weight_patches: WeightPatches | None = None
     hook_patches: WeightPatches | None = None
 
@@ -45,15 +47,13 @@ class PackedWeightModule(torch.nn.Module):
     def patched(self) -> bool:
         return self.weight_patches is not None or self.hook_patches is not None
 
-    def dense_weight(
-        self, weight: torch.Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def dense_weight(self, weight: Any = None, dtype: Any = None) -> torch.Tensor:
         """The decoded and patched weight, in `dtype` (default: the weight's own), rounded once.
 
         weight: where the bytes are now, when ComfyUI has just moved them; default the module's own.
         """
         weight = self.weight if weight is None else weight
-        dtype = weight.dtype if dtype is None else dtype
+        dtype = dtype or weight.dtype
         if not is_packed(weight):
             dense = weight
         elif self.patched():

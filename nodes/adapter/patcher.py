@@ -8,7 +8,7 @@ is given the patches of its key, and applies them when it decodes its weight. Ev
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comfy.model_patcher
 import comfy.utils
@@ -20,6 +20,11 @@ from .packed_module import PackedWeightModule, packed_modules
 from .patches import WeightPatches
 from .state_tensor import PackedStateTensor
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher as _Base
+else:
+    _Base = object
+
 
 class _Backup(NamedTuple):
     """Core's record of a weight that it replaced, to be restored on unload."""
@@ -28,7 +33,7 @@ class _Backup(NamedTuple):
     inplace_update: bool
 
 
-class PackedPatcher:
+class PackedPatcher(_Base):
     """Mixin before ModelPatcher or ModelPatcherDynamic."""
 
     def _packed_module(self, key: str) -> PackedWeightModule | None:

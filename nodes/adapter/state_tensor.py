@@ -62,22 +62,13 @@ class PackedStateTensor(torch.nn.Parameter):
         return func(*(_dense(a) for a in args), **{k: _dense(v) for k, v in kwargs.items()})
 
 
+# What may look at the stand-in without decoding the weight: properties, then methods.
 _METADATA = {
-    torch.Tensor.shape.__get__,
-    torch.Tensor.dtype.__get__,
-    torch.Tensor.layout.__get__,
-    torch.Tensor.is_contiguous,
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.detach,
-    torch.Tensor.untyped_storage,
-    torch.Tensor.is_sparse.__get__,
-    torch.Tensor.requires_grad.__get__,
-    torch.Tensor.requires_grad_,
-    torch.Tensor.ndim.__get__,
-    torch.Tensor.data.__get__,
-    torch.Tensor.is_meta.__get__,
+    getattr(torch.Tensor, name).__get__
+    for name in ("shape", "dtype", "layout", "ndim", "is_meta", "is_sparse", "requires_grad", "data")
+} | {
+    getattr(torch.Tensor, name)
+    for name in ("size", "dim", "numel", "is_contiguous", "requires_grad_", "detach", "untyped_storage")
 }
 
 

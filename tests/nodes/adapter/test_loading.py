@@ -58,7 +58,7 @@ def test_progress_reaches_the_end(twins: Any) -> None:
         load(twins("sd3", "Q4_0").gguf)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
-    assert len(seen) >= 3
+    assert len(seen) >= 2  # newer ComfyUI sends the first and the last, and what lies between not too often
     assert seen[-1][0] == seen[-1][1]
     assert [value for value, _ in seen] == sorted(value for value, _ in seen)
 

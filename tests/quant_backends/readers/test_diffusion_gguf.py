@@ -120,17 +120,15 @@ def test_five_dimensions_through_the_original_shape(write_gguf: Callable[..., Pa
     path = write_gguf(
         {"patch_embedding.weight": weight.reshape(8, -1)}, {ORIGINAL + "patch_embedding.weight": shape}
     )
-    assert torch.equal(
-        load_diffusion_gguf(path).state_dict["patch_embedding.weight"], torch.from_numpy(weight)
-    )
+    loaded = load_diffusion_gguf(path).state_dict["patch_embedding.weight"]
+    assert isinstance(loaded, torch.Tensor) and torch.equal(loaded, torch.from_numpy(weight))
 
 
 def test_five_dimensions_stored_as_they_are(write_gguf: Callable[..., Path]) -> None:
     weight = values(8, 4, 1, 2, 2)
     path = write_gguf({"patch_embedding.weight": weight})  # ComfyUI-GGUF's fix_5d_tensors.py
-    assert torch.equal(
-        load_diffusion_gguf(path).state_dict["patch_embedding.weight"], torch.from_numpy(weight)
-    )
+    loaded = load_diffusion_gguf(path).state_dict["patch_embedding.weight"]
+    assert isinstance(loaded, torch.Tensor) and torch.equal(loaded, torch.from_numpy(weight))
 
 
 def test_five_dimensions_folded(write_gguf: Callable[..., Path]) -> None:
@@ -138,9 +136,8 @@ def test_five_dimensions_folded(write_gguf: Callable[..., Path]) -> None:
     path = write_gguf(
         {"patch_embedding.weight": weight.reshape(32, 1, 2, 2), "patch_embedding.bias": values(8)}
     )
-    assert torch.equal(
-        load_diffusion_gguf(path).state_dict["patch_embedding.weight"], torch.from_numpy(weight)
-    )
+    loaded = load_diffusion_gguf(path).state_dict["patch_embedding.weight"]
+    assert isinstance(loaded, torch.Tensor) and torch.equal(loaded, torch.from_numpy(weight))
 
 
 def test_original_shape_that_torch_cannot_hold(raw: Any, save: Callable[..., Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from snug.quant_backends.readers.repairs import (
     diffusion_names,
@@ -131,7 +133,7 @@ def test_projections_of_other_models_stay() -> None:
 
 @pytest.mark.parametrize("parameter", ["scale", "weight"])
 @pytest.mark.parametrize("stored", ["scale", "weight"])
-def test_qk_norms(stored: str, parameter: str) -> None:
+def test_qk_norms(stored: str, parameter: Literal["scale", "weight"]) -> None:
     norms = [
         "double_blocks.0.img_attn.norm.query_norm",
         "double_blocks.0.txt_attn.norm.key_norm",
