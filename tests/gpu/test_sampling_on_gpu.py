@@ -1,0 +1,69 @@
+"""On a CUDA device: packed models in every memory mode of the real server give what dense ones give."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from comfy_server import ComfyServer
+from snug_path import ROOT
+from tiny import make_tiny_lora, make_tiny_model, use_comfyui
+from twins import make_twins
+from workflows import Lora, build_workflow, saved_latent
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.comfy,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# ComfyUI's own choice (dynamic VRAM where it has it), then the static modes that it can be told to use.
+MODES = ["default", "highvram", "lowvram", "novram"]
+TEST_NODES = ROOT / "tests" / "comfy" / "custom_nodes" / "snug_test_nodes"
+
+
+@pytest.fixture(scope="module", params=MODES)
+def server(
+    request: pytest.FixtureRequest, comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ComfyServer]:
+    arguments = [] if request.param == "default" else [f"--{request.param}"]
+    packs = {"ComfyUI-Snug": ROOT, "snug_test_nodes": TEST_NODES}
+    base = tmp_path_factory.mktemp(request.param)
+    with ComfyServer(Path(sys.executable), comfyui_path, base, packs, cpu=False, arguments=arguments) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sample(server: ComfyServer, comfyui_path: Path) -> Callable[..., torch.Tensor]:
+    """sample("snug" or "dense", LoRAs) of a tiny Flux in Q8_0."""
+    use_comfyui(comfyui_path)
+    models = server.base / "models"
+    (models / "loras").mkdir(parents=True, exist_ok=True)
+    source = models / "flux.safetensors"
+    make_tiny_model("flux", source)
+    make_tiny_lora(source, models / "loras" / "lora.safetensors")
+    (models / "diffusion_models").mkdir(exist_ok=True)
+    pair = make_twins(source, models / "diffusion_models", "Q8_0")
+    files = {"snug": pair.gguf.name, "dense": pair.dense.name}
+
+    def run(loader: str, *loras: Lora) -> torch.Tensor:
+        workflow = build_workflow("flux", loader, files[loader], loras=loras, compute_dtype="bf16")  # type: ignore[arg-type]
+        return saved_latent(server, server.run(workflow))
+
+    return run
+
+
+def test_latents_equal_within_bfloat16(sample: Callable[..., torch.Tensor]) -> None:
+    packed, dense = sample("snug"), sample("dense")
+    assert (packed - dense).norm() < 0.02 * dense.norm()
+
+
+def test_lora_arrives_and_leaves(sample: Callable[..., torch.Tensor]) -> None:
+    lora = ("lora.safetensors", 1.0)
+    plain, with_lora, again = sample("snug"), sample("snug", lora), sample("snug")
+    wanted = sample("dense", lora) - sample("dense")
+    assert ((with_lora - plain) - wanted).norm() < 0.05 * wanted.norm()
+    assert torch.equal(again, plain)
