@@ -32,7 +32,9 @@ def server(
     arguments = [] if request.param == "default" else [f"--{request.param}"]
     packs = {"ComfyUI-Snug": ROOT, "snug_test_nodes": TEST_NODES}
     base = tmp_path_factory.mktemp(request.param)
-    with ComfyServer(Path(sys.executable), comfyui_path, base, packs, cpu=False, arguments=arguments) as server:
+    with ComfyServer(
+        Path(sys.executable), comfyui_path, base, packs, cpu=False, arguments=arguments
+    ) as server:
         yield server
 
 

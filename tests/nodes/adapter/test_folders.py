@@ -1,0 +1,56 @@
+"""Which files are listed, and that the folder key shared with other packs is left alone when it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def folders(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """folder_paths with one diffusion-model folder that holds a file of every kind."""
+    import folder_paths
+
+    known = dict(folder_paths.folder_names_and_paths)
+    known["diffusion_models"] = ([str(tmp_path)], {".safetensors", ".ckpt"})
+    known.pop("unet_gguf", None)
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    (tmp_path / "sub").mkdir()
+    for name in ("b.gguf", "a.safetensors", "old.ckpt", "sub/c.GGUF"):
+        (tmp_path / name).touch()
+    yield folder_paths
+
+
+def test_lists_both_kinds(folders: Any) -> None:
+    from snug.nodes.adapter.folders import diffusion_model_files, find_diffusion_model, register
+
+    register()
+    listed = diffusion_model_files()
+    assert [name.replace("\\", "/") for name in listed] == ["a.safetensors", "b.gguf", "sub/c.GGUF"]
+    for name in listed:
+        assert Path(find_diffusion_model(name)).is_file()
+
+
+def test_key_follows_folders_added_later(folders: Any, tmp_path: Path) -> None:
+    from snug.nodes.adapter.folders import diffusion_model_files, register
+
+    register()
+    later = tmp_path / "later"
+    later.mkdir()
+    (later / "late.gguf").touch()
+    folders.add_model_folder_path("diffusion_models", str(later))
+    assert "late.gguf" in diffusion_model_files()
+
+
+def test_key_of_another_pack_is_not_disturbed(folders: Any, tmp_path: Path) -> None:
+    from snug.nodes.adapter.folders import diffusion_model_files, register
+
+    theirs = ([str(tmp_path / "sub")], {".gguf"})
+    folders.folder_names_and_paths["unet_gguf"] = theirs
+    register()
+    assert folders.folder_names_and_paths["unet_gguf"] is theirs
+    assert "c.GGUF" in diffusion_model_files()
