@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle workers must not tak
 import gguf
 import numpy as np
 import torch
+from report import add_output_arguments, command_line, environment, heading, save, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from snug_path import register_snug
@@ -106,53 +104,26 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {"threads": threads, "shape": shape, "dtype": name, "milliseconds": times}
 
 
-def environment() -> dict[str, str]:
-    """What the numbers depend on."""
-    model = platform.processor()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpu_info.read_text().splitlines()
-            if "model name" in line
-        ]
-        model = names[0] if names else model
-    return {
-        "processor": f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "numpy", "gguf")},
-    }
-
-
-def table(record: dict[str, Any]) -> str:
-    """One record as a Markdown table."""
+def record_table(record: dict[str, Any]) -> str:
+    """One record in Markdown: a row per format."""
     rows, columns = record["shape"]
-    lines = [
-        f"### {rows} x {columns} to {record['dtype']}, threads: {record['threads']}",
-        "",
-        "| type | gguf numpy ms | peer ms | Snug ms | Snug G weights/s | numpy / Snug | peer / Snug |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     for name, times in record["milliseconds"].items():
         snug = times["snug"]
-        speed = rows * columns / snug / 1e6
         cells = [f"{times[key]:.1f}" if key in times else "–" for key in ("numpy", "peer")]
         ratios = [f"{times[key] / snug:.1f}" if key in times else "–" for key in ("numpy", "peer")]
-        lines.append(
-            f"| {name} | {cells[0]} | {cells[1]} | {snug:.1f} | {speed:.2f} | {ratios[0]} | {ratios[1]} |"
-        )
-    return "\n".join(lines)
-
-
-def command(arguments: argparse.Namespace) -> str:
-    """The command line that repeats this run, without machine-dependent paths."""
-    words = ["python benchmarks/dequantize.py", f"--rows {arguments.rows}", f"--rounds {arguments.rounds}"]
-    for option in ("cols", "dtype", "threads", "types"):
-        values = getattr(arguments, option)
-        if values:
-            words.append(f"--{option} {' '.join(map(str, values))}")
-    return " ".join(words + (["--peer ComfyUI-GGUF/dequant.py"] if arguments.peer else []))
+        lines.append([name, *cells, f"{snug:.1f}", f"{rows * columns / snug / 1e6:.2f}", *ratios])
+    header = [
+        "type",
+        "gguf numpy ms",
+        "peer ms",
+        "Snug ms",
+        "Snug G weights/s",
+        "numpy / Snug",
+        "peer / Snug",
+    ]
+    title = f"### {rows} x {columns} to {record['dtype']}, threads: {record['threads']}"
+    return f"{title}\n\n{table(header, lines)}"
 
 
 def main() -> None:
@@ -170,26 +141,20 @@ def main() -> None:
         "--types", nargs="+", default=[], choices=FORMATS, metavar="TYPE", help="default: all"
     )
     parser.add_argument("--peer", help="dequant.py of a ComfyUI-GGUF checkout")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    add_output_arguments(parser)
     arguments = parser.parse_args()
 
-    facts = environment()
-    head = ["# Decoding packed weights on the CPU", "", f"`{command(arguments)}`", ""]
-    head += [f"- {key}: {value}" for key, value in facts.items()]
-    text = "\n".join(head) + "\n"
+    command = command_line(peer="ComfyUI-GGUF/dequant.py")
+    facts = environment("numpy", "gguf")
+    text = heading("Decoding packed weights on the CPU", command, facts)
     print(text)
     records = []
     with np.errstate(all="ignore"):  # random bytes hold infinite scales
         for record in measure(arguments):
             records.append(record)
-            print(table(record) + "\n", flush=True)
-            text += "\n" + table(record) + "\n"
-    if arguments.markdown:
-        arguments.markdown.write_text(text, encoding="utf-8")
-    if arguments.json:
-        result = {"command": command(arguments), "environment": facts, "tables": records}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            print(record_table(record) + "\n", flush=True)
+            text += "\n" + record_table(record) + "\n"
+    save(arguments, text, {"command": command, "environment": facts, "tables": records})
 
 
 if __name__ == "__main__":

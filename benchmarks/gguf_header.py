@@ -11,19 +11,16 @@ in the page cache.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+from report import add_output_arguments, command_line, environment, heading, save, table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from snug_path import register_snug
@@ -62,14 +59,6 @@ def package_tokens(path: Path) -> list[str]:
     return field.contents()
 
 
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
 def measure(vocabulary: int, runs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
@@ -88,14 +77,8 @@ def measure(vocabulary: int, runs: int) -> dict[str, Any]:
             rows.append({"case": name, "snug_s": snug, "gguf_s": package, "ratio": package / snug})
         size = path.stat().st_size
     return {
-        "command": shlex.join(["python", "benchmarks/gguf_header.py", *sys.argv[1:]]),
-        "environment": {
-            "processor": processor(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-            "gguf": version("gguf"),
-            "torch": version("torch"),
-        },
+        "command": command_line(),
+        "environment": environment("gguf"),
         "vocabulary": vocabulary,
         "file_bytes": size,
         "rows": rows,
@@ -103,21 +86,20 @@ def measure(vocabulary: int, runs: int) -> dict[str, Any]:
 
 
 def as_markdown(result: dict[str, Any]) -> str:
-    environment = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
-    lines = [
-        "# Opening a GGUF file with a large vocabulary",
-        "",
-        f"{result['vocabulary']:,} tokens, as many merges, scores and token types; "
-        f"{result['file_bytes'] / 1e6:.1f} MB. Processor time, best of several runs, file in the page cache.",
-        "",
-        "| | Snug | gguf package | ratio |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['case']} | {row['snug_s'] * 1e3:.1f} ms | {row['gguf_s'] * 1e3:.1f} ms | {row['ratio']:.0f} x |"
+    rows = [
+        [row["case"], f"{row['snug_s'] * 1e3:.1f}", f"{row['gguf_s'] * 1e3:.1f}", f"{row['ratio']:.0f}"]
         for row in result["rows"]
     ]
-    return "\n".join([*lines, "", f"Environment: {environment}.", "", f"Made by `{result['command']}`.", ""])
+    return "\n".join(
+        [
+            heading("Opening a GGUF file with a large vocabulary", result["command"], result["environment"]),
+            f"{result['vocabulary']:,} tokens, as many merges, scores and token types; "
+            f"{result['file_bytes'] / 1e6:.1f} MB. Processor time, best of several runs, file in the page cache.",
+            "",
+            table(["", "Snug ms", "gguf package ms", "gguf / Snug"], rows),
+            "",
+        ]
+    )
 
 
 def main() -> None:
@@ -128,16 +110,12 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=int, default=15, help="runs of Snug's reader; the package gets a fifth"
     )
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    add_output_arguments(parser)
     options = parser.parse_args()
     result = measure(options.vocabulary, options.runs)
-    table = as_markdown(result)
-    print(table)
-    if options.markdown:
-        options.markdown.write_text(table, encoding="utf-8")
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    text = as_markdown(result)
+    print(text)
+    save(options, text, result)
 
 
 if __name__ == "__main__":
