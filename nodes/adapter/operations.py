@@ -71,17 +71,9 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
     def _weight_shape(self) -> tuple[int, ...]:
         return (self.out_features, self.in_features)
 
-    def _load_dense(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_dense(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Takes over plain tensors as they are, mapped from the file; copies only to change the dtype."""
+        local_metadata, _, missing_keys, unexpected_keys, error_msgs = rest
         shapes = {"weight": self._weight_shape()}
         if self.comfy_need_lazy_init_bias:
             shapes["bias"] = (self.out_features,)

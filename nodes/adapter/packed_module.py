@@ -108,35 +108,25 @@ class PackedWeightModule(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.settings.on_weight(weight.nbytes)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """rest, as torch passes it: local metadata, strict, missing keys, unexpected keys, error messages."""
         key = prefix + "weight"
         weight = state_dict.get(key)
         if isinstance(weight, PackedStateTensor):
             weight = weight.module.weight
         if not is_packed(weight):
-            self._load_dense(
-                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            )
+            self._load_dense(state_dict, prefix, *rest)
             return
-        rest = {name: value for name, value in state_dict.items() if name != key}
+        _, _, missing_keys, _, errors = rest
         shape = self._weight_shape()
         self.weight = None
-        self._load_dense(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._load_dense({name: value for name, value in state_dict.items() if name != key}, prefix, *rest)
         if key in missing_keys:
             missing_keys.remove(key)
-        self.take_weight(weight, error_msgs, key, shape)
+        self.take_weight(weight, errors, key, shape)
 
-    def _load_dense(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _load_dense(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _weight_shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
