@@ -5,5 +5,16 @@ from __future__ import annotations
 from .diffusion_gguf import LoadedTensors, load_diffusion_gguf
 from .gguf_file import GGUFFile
 from .gguf_tensors import TensorInfo
+from .text_encoder_gguf import TextEncoderGGUF, open_text_encoder_gguf
+from .vision_gguf import VisionGGUF, open_vision_gguf
 
-__all__ = ["GGUFFile", "LoadedTensors", "TensorInfo", "load_diffusion_gguf"]
+__all__ = [
+    "GGUFFile",
+    "LoadedTensors",
+    "TensorInfo",
+    "TextEncoderGGUF",
+    "VisionGGUF",
+    "load_diffusion_gguf",
+    "open_text_encoder_gguf",
+    "open_vision_gguf",
+]

@@ -1,0 +1,195 @@
+"""What is known about tensor names in text-encoder and vision-tower files, as data.
+
+Left: llama.cpp's names (gguf-py, gguf/constants.py, TENSOR_NAMES). Right: the names of the original models,
+which ComfyUI's classes keep.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class NameMap:
+    """How one layout of a model names its tensors.
+
+    block: matches "….<number>.<part>", groups (number, part). block_prefix: what the number is put into.
+    parts: names inside a block, tops: names outside; both without ".weight" and ".bias".
+    dropped: prefixes of tensors that no text encoder uses.
+    """
+
+    block: re.Pattern[str]
+    block_prefix: str
+    parts: dict[str, str]
+    tops: dict[str, str]
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What the converter of an architecture does beside renaming.
+
+    permuted: rows of the query and key projections are reordered per head for ggml's rotary embedding.
+    norm_shift: what was added to every norm weight (Gemma's norms multiply with 1 + weight).
+    """
+
+    names: NameMap
+    permuted: bool = False
+    norm_shift: float = 0.0
+
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+
+T5_NAMES = NameMap(
+    block=re.compile(r"enc\.blk\.(\d+)\.(.+)"),
+    block_prefix="encoder.block.{}.",
+    parts={
+        "attn_q": "layer.0.SelfAttention.q",
+        "attn_k": "layer.0.SelfAttention.k",
+        "attn_v": "layer.0.SelfAttention.v",
+        "attn_o": "layer.0.SelfAttention.o",
+        "attn_norm": "layer.0.layer_norm",
+        "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+        "ffn_up": "layer.1.DenseReluDense.wi_1",
+        "ffn_gate": "layer.1.DenseReluDense.wi_0",
+        "ffn_down": "layer.1.DenseReluDense.wo",
+        "ffn_norm": "layer.1.layer_norm",
+    },
+    tops={"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"},
+    dropped=("dec.", "output."),
+)
+# The first T5 (and its base size in Stable Audio) has one up projection and no gate.
+T5_UNGATED = {"ffn_up": "layer.1.DenseReluDense.wi"}
+
+LLAMA_NAMES = NameMap(
+    block=_BLOCK,
+    block_prefix="model.layers.{}.",
+    parts={
+        "attn_norm": "input_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_q_norm": "self_attn.q_norm",
+        "attn_k_norm": "self_attn.k_norm",
+        "attn_output": "self_attn.o_proj",
+        "ffn_norm": "post_attention_layernorm",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "ffn_gate": "mlp.gate_proj",
+    },
+    tops={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
+    dropped=("rope_freqs.", "rope_factors_"),  # ComfyUI's classes calculate their own frequencies
+)
+
+GEMMA_NAMES = NameMap(
+    block=_BLOCK,
+    block_prefix=LLAMA_NAMES.block_prefix,
+    parts={
+        **LLAMA_NAMES.parts,
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    },
+    tops=LLAMA_NAMES.tops,
+    dropped=LLAMA_NAMES.dropped,
+)
+
+# By `general.architecture`.
+FAMILIES = {
+    "t5": Family(T5_NAMES),
+    "t5encoder": Family(T5_NAMES),
+    "llama": Family(LLAMA_NAMES, permuted=True),  # LLaMA 3 and Mistral
+    "mistral3": Family(LLAMA_NAMES, permuted=True),
+    "qwen2": Family(LLAMA_NAMES),
+    "qwen2vl": Family(LLAMA_NAMES),  # Qwen2.5-VL as well
+    "qwen3": Family(LLAMA_NAMES),
+    "qwen3vl": Family(LLAMA_NAMES),
+    "gemma2": Family(GEMMA_NAMES, norm_shift=1.0),
+    "gemma3": Family(GEMMA_NAMES, norm_shift=1.0),
+}
+
+LLAMA_CPP = re.compile(r"(enc\.|dec\.)?blk\.\d+\.")
+# Files of other converters keep the original names; what comes before them is a checkpoint's prefix.
+ORIGINAL = re.compile(
+    r"(?:.*?\.)??(?=text_model\.(?:encoder|embeddings)\."
+    r"|encoder\.block\.\d+\.layer\.\d+\.SelfAttention\.|model\.layers\.\d+\.(?:self_attn|mlp|input_layernorm)\.)"
+)
+CHECKPOINT = re.compile(r"(model\.diffusion_model|first_stage_model|vae)\.")
+
+# Read by ComfyUI's models themselves instead of through its operations, or too small to matter.
+DIRECT_TENSORS = re.compile(
+    r".*(position_embedding\.weight|pos_embed\.weight|in_proj_weight|text_projection|relative_attention_bias\.weight)$"
+)
+
+QUERY_KEY = re.compile(r".*\.self_attn\.([qk])_proj\.(weight|bias)$")
+
+
+@dataclass(frozen=True, slots=True)
+class VisionFamily:
+    """A vision tower. prefix: where ComfyUI's text encoder keeps it. deepstack: name of the mergers in between."""
+
+    prefix: str
+    names: NameMap
+    deepstack: dict[str, str] = field(default_factory=dict)
+
+
+_VISION_BLOCK = re.compile(r"v\.blk\.(\d+)\.(.+)")
+_VISION_PARTS = {
+    "ln1": "norm1",
+    "ln2": "norm2",
+    "attn_q": "attn.q",
+    "attn_k": "attn.k",
+    "attn_v": "attn.v",
+    "attn_qkv": "attn.qkv",
+    "attn_out": "attn.proj",
+}
+
+# By the projector's name in the metadata.
+VISION_FAMILIES = {
+    "qwen2.5vl_merger": VisionFamily(
+        "visual.",
+        NameMap(
+            block=_VISION_BLOCK,
+            block_prefix="blocks.{}.",
+            parts={
+                **_VISION_PARTS,
+                "ffn_up": "mlp.up_proj",
+                "ffn_gate": "mlp.gate_proj",
+                "ffn_down": "mlp.down_proj",
+            },
+            tops={
+                "v.patch_embd": "patch_embed.proj",
+                "v.post_ln": "merger.ln_q",
+                "mm.0": "merger.mlp.0",
+                "mm.2": "merger.mlp.2",
+            },
+        ),
+    ),
+    "qwen3vl_merger": VisionFamily(
+        "model.visual.",
+        NameMap(
+            block=_VISION_BLOCK,
+            block_prefix="blocks.{}.",
+            parts={**_VISION_PARTS, "ffn_up": "mlp.linear_fc1", "ffn_down": "mlp.linear_fc2"},
+            tops={
+                "v.patch_embd": "patch_embed.proj",
+                "v.position_embd": "pos_embed",
+                "v.post_ln": "merger.norm",
+                "mm.0": "merger.linear_fc1",
+                "mm.2": "merger.linear_fc2",
+            },
+        ),
+        deepstack={"norm": "norm", "fc1": "linear_fc1", "fc2": "linear_fc2"},
+    ),
+}
+# Which vision tower belongs to which text encoder.
+VISION_OF = {"qwen2vl": "qwen2.5vl_merger", "qwen3vl": "qwen3vl_merger"}
+PROJECTOR_KEYS = ("clip.vision.projector_type", "clip.projector_type")
+# llama.cpp keeps the number of the layer after which a merger taps; ComfyUI counts the mergers.
+DEEPSTACK = re.compile(r"v\.deepstack\.(\d+)\.(norm|fc1|fc2)$")
+# The second slice in time of the 3-D patch embedding, which ggml stores as two 2-D ones.
+SECOND_PATCH = "v.patch_embd.weight.1"
+
+# Vocabularies that ComfyUI brings tokenizers for (T5 as padded and as trained, ByT5); another T5 is a UMT5.
+T5_BUILT_IN_ROWS = (32128, 32100, 384)

@@ -1,0 +1,137 @@
+"""Open the vision part (mmproj) of a text encoder and give its tensors ComfyUI's names and shapes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..core.errors import FileFormatError
+from ..core.packed import PackedTensor
+from ..kernels.dequantize import dequantize
+from .gguf_file import GGUFFile
+from .gguf_values import shown
+from .model_kind import text_value
+from .text_encoder_gguf import SUFFIX, as_stored, mapped_name
+from .text_encoder_tables import DEEPSTACK, PROJECTOR_KEYS, SECOND_PATCH, VISION_FAMILIES, VisionFamily
+
+Tensor = PackedTensor | torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VisionGGUF:
+    """A vision part whose header has been read.
+
+    projector: its name in the metadata, a key of VISION_FAMILIES. width: size of the embeddings it makes,
+    which is the hidden size of the text encoder it belongs to.
+    """
+
+    file: GGUFFile
+    projector: str
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.file.tensors.values())
+
+    def state_dict(self, progress: Callable[[int], None] | None = None) -> dict[str, Tensor]:
+        """Name to tensor; query, key and value are joined without decoding where their formats agree."""
+        family = VISION_FAMILIES[self.projector]
+        tensors: dict[str, Tensor] = {}
+        for name, info in self.file.tensors.items():
+            data = self.file.read(name)
+            if name == SECOND_PATCH:
+                continue
+            if f"{name}.1" == SECOND_PATCH and SECOND_PATCH in self.file.tensors:
+                tensor: Tensor = self._patch_embedding(name)
+            elif len(info.shape) > 2:
+                tensor = dequantize(data, info.format, info.shape, torch.float32)
+            else:
+                tensor = as_stored(_new_name(name, family, self._taps()), info, data)
+            tensors[_new_name(name, family, self._taps())] = tensor
+            if progress is not None:
+                progress(info.nbytes)
+        return dict(_joined_attention(tensors))
+
+    def _patch_embedding(self, name: str) -> torch.Tensor:
+        """(out, in, h, w) twice to (out, in, 2, h, w): float32."""
+        slices = []
+        for part in (name, SECOND_PATCH):
+            info = self.file.tensors[part]
+            slices.append(dequantize(self.file.read(part), info.format, info.shape, torch.float32))
+        if slices[0].shape != slices[1].shape:
+            raise FileFormatError(
+                self.file.path,
+                f"the two halves of the patch embedding have the shapes {tuple(slices[0].shape)} and "
+                f"{tuple(slices[1].shape)}, expected the same",
+                "download another conversion of the model",
+            )
+        return torch.stack(slices, dim=2)
+
+    def _taps(self) -> list[int]:
+        """Layers after which a deepstack merger taps, ascending."""
+        matches = (SUFFIX.match(name) for name in self.file.tensors)
+        found = (DEEPSTACK.match(match[1]) for match in matches if match)
+        return sorted({int(match[1]) for match in found if match})
+
+
+def open_vision_gguf(path: str | os.PathLike[str]) -> VisionGGUF:
+    """Read the header of an mmproj file.
+
+    Raises FileFormatError when the file is damaged, no vision part, or one that no text encoder of ComfyUI's
+    uses.
+    """
+    file = GGUFFile(path)
+    projector = next((value for key in PROJECTOR_KEYS if (value := text_value(file.metadata, key))), None)
+    output = file.tensors.get("mm.2.weight")
+    if output is None or not any(name.startswith("v.blk.") for name in file.tensors):
+        raise FileFormatError(
+            file.path,
+            "the file is not the vision part (mmproj) of a text encoder",
+            "choose the mmproj file that was published with the text encoder",
+        )
+    if projector not in VISION_FAMILIES:
+        raise FileFormatError(
+            file.path,
+            f"the file is a vision part of the kind {shown(projector or 'not named')}, "
+            f"expected one of {', '.join(VISION_FAMILIES)}",
+            "choose the mmproj of a Qwen2.5-VL or Qwen3-VL text encoder, or none",
+        )
+    return VisionGGUF(file, projector, output.shape[0])
+
+
+def _new_name(name: str, family: VisionFamily, taps: list[int]) -> str:
+    match = SUFFIX.match(name)
+    tap = DEEPSTACK.match(match[1]) if match else None
+    if match and tap and family.deepstack:
+        number = taps.index(int(tap[1]))
+        return f"{family.prefix}deepstack_merger_list.{number}.{family.deepstack[tap[2]]}.{match[2]}"
+    return family.prefix + (mapped_name(name, family.names) or name)
+
+
+def _joined_attention(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """`attn.q`, `attn.k` and `attn.v` as one `attn.qkv`; everything else as it is."""
+    for name, tensor in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if module.endswith(".attn.q"):
+            stem = module.removesuffix("q")
+            parts = [tensors.get(f"{stem}{letter}.{suffix}") for letter in "qkv"]
+            yield f"{stem}qkv.{suffix}", _concatenated([part for part in parts if part is not None])
+        elif not module.endswith((".attn.k", ".attn.v")):
+            yield name, tensor
+
+
+def _concatenated(parts: list[Tensor]) -> Tensor:
+    packed = [part for part in parts if isinstance(part, PackedTensor)]
+    if len(packed) == len(parts) and len({part.format for part in packed}) == 1:
+        rows = sum(part.shape[0] for part in packed)
+        data = torch.cat([part.data for part in packed])
+        return PackedTensor(data, packed[0].format, (rows, *packed[0].shape[1:]))
+    return torch.cat(
+        [
+            dequantize(part.data, part.format, part.shape) if isinstance(part, PackedTensor) else part
+            for part in parts
+        ]
+    )
