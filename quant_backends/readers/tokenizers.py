@@ -1,0 +1,43 @@
+"""Which text encoders need their tokenizer out of the file, and building it once per file."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from .gguf_file import GGUFFile
+from .sentencepiece_model import build_sentencepiece_model
+from .tekken_model import build_tekken_model
+from .text_encoder_gguf import TextEncoderGGUF
+from .text_encoder_tables import T5_BUILT_IN_ROWS
+
+BUILDERS = {"spiece_model": build_sentencepiece_model, "tekken_model": build_tekken_model}
+
+
+def needed_tokenizer(encoder: TextEncoderGGUF) -> str | None:
+    """The key under which ComfyUI expects this encoder's tokenizer, None when it brings its own."""
+    family = encoder.family
+    if family is not None and family.permuted:
+        return "tekken_model" if encoder.metadata.get("tokenizer.ggml.pre") == "tekken" else None
+    if family is not None and family.norm_shift:
+        return "spiece_model"
+    table = encoder.infos.get("shared.weight")
+    return "spiece_model" if table is not None and table.shape[0] not in T5_BUILT_IN_ROWS else None
+
+
+def tokenizer_tensor(encoder: TextEncoderGGUF, key: str) -> torch.Tensor:
+    """The tokenizer as ComfyUI keeps it in a state dict: its file as uint8 [bytes].
+
+    Reading a vocabulary takes up to a second, so results are kept until the file changes. Raises FileFormatError
+    when the file has no tokenizer of that kind.
+    """
+    stat = encoder.path.stat()
+    return _built(encoder.path, key, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4)
+def _built(path: Path, key: str, _mtime: int, _size: int) -> torch.Tensor:
+    with GGUFFile(path) as file:
+        return torch.frombuffer(bytearray(BUILDERS[key](path, file.metadata)), dtype=torch.uint8)
