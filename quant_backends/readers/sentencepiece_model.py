@@ -16,44 +16,25 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import Any
 
-from ..core.errors import FileFormatError
-from .gguf_values import Metadata, shown
+from .gguf_values import Metadata
+from .gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_vocabulary
 
 # TrainerSpec.ModelType by `tokenizer.ggml.model`: T5's is a unigram model, "llama" is byte-pair encoding.
 MODEL_TYPES = {"t5": 1, "llama": 2}
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPECIAL_IDS = {
     "unk": "unknown_token_id",
     "bos": "bos_token_id",
     "eos": "eos_token_id",
     "pad": "padding_token_id",
 }
-HINT = "download a conversion of the model that keeps its tokenizer, or a .safetensors version"
 
 
 def build_sentencepiece_model(path: Path, metadata: Metadata) -> bytes:
     """The serialized model. Raises FileFormatError when the file holds no such tokenizer, or a damaged one."""
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind not in MODEL_TYPES:
-        raise FileFormatError(
-            path,
-            f"the tokenizer in the file is {shown(str(kind))}, expected {' or '.join(MODEL_TYPES)}",
-            HINT,
-        )
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    scores = metadata.get("tokenizer.ggml.scores", ())
-    types = metadata.get("tokenizer.ggml.token_type", ())
-    if not (isinstance(tokens, tuple) and isinstance(scores, tuple) and isinstance(types, tuple)):
-        raise FileFormatError(path, "the vocabulary in the file is no list", HINT)
-    if not len(tokens) == len(scores) == len(types) > 0:
-        raise FileFormatError(
-            path,
-            f"the vocabulary has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types, "
-            f"expected the same number of each",
-            HINT,
-        )
+    vocabulary = read_vocabulary(path, metadata, tuple(MODEL_TYPES), scored=True)
+    tokens = vocabulary.tokens
+    is_t5 = vocabulary.kind == "t5"
     ids = {
         name: number
         for name, key in SPECIAL_IDS.items()
@@ -61,19 +42,19 @@ def build_sentencepiece_model(path: Path, metadata: Metadata) -> bytes:
     }
     if "unk" not in ids and "<unk>" in tokens:
         ids["unk"] = tokens.index("<unk>")
-    kinds = _piece_types(types, ids, is_bpe=kind == "llama")
-    pieces = b"".join(map(_piece, tokens, scores, kinds))
-    trainer = _trainer(MODEL_TYPES[str(kind)], tokens, ids, BYTE in kinds)
-    return pieces + _message(2, trainer) + _message(3, _normalizer(metadata, bool(kind == "t5")))
+    types = _piece_types(vocabulary.types, ids, is_bpe=not is_t5)
+    pieces = b"".join(map(_piece, tokens, vocabulary.scores, types))
+    trainer = _trainer(MODEL_TYPES[vocabulary.kind], tokens, ids, BYTE in types)
+    return pieces + _message(2, trainer) + _message(3, _normalizer(metadata, is_t5))
 
 
-def _piece_types(types: tuple[Any, ...], ids: dict[str, int], is_bpe: bool) -> list[int]:
+def _piece_types(types: tuple[int, ...], ids: dict[str, int], is_bpe: bool) -> list[int]:
     """Types as the original model has them.
 
     Gemma's tokenizer settings declare turn markers and the unknown token "special", and llama.cpp then writes
     CONTROL; in the original model the former are USER_DEFINED, found in the text, and one piece is UNKNOWN.
     """
-    kinds = [int(kind) for kind in types]
+    kinds = list(types)
     if is_bpe:
         special = set(ids.values())
         kinds = [
@@ -86,7 +67,7 @@ def _piece_types(types: tuple[Any, ...], ids: dict[str, int], is_bpe: bool) -> l
     return kinds
 
 
-def _trainer(model_type: int, tokens: tuple[Any, ...], ids: dict[str, int], byte_fallback: bool) -> bytes:
+def _trainer(model_type: int, tokens: tuple[str, ...], ids: dict[str, int], byte_fallback: bool) -> bytes:
     trainer = _number(3, model_type) + _number(4, len(tokens)) + _number(35, byte_fallback)
     for field, name in enumerate(SPECIAL_IDS):
         if name in ids:
@@ -101,7 +82,7 @@ def _normalizer(metadata: Metadata, is_t5: bool) -> bytes:
     charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap", ())
     normalizer = _message(1, b"nmt_nfkc" if charsmap else b"identity")
     if isinstance(charsmap, tuple) and charsmap:
-        normalizer += _message(2, bytes(int(value) & 255 for value in charsmap))  # type: ignore[arg-type]
+        normalizer += _message(2, bytes(value & 255 for value in charsmap if isinstance(value, int)))
     for field, key, default in ((3, "add_space_prefix", True), (4, "remove_extra_whitespaces", is_t5)):
         normalizer += _number(field, bool(metadata.get(f"tokenizer.ggml.{key}", default)))
     return normalizer

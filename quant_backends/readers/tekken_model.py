@@ -12,27 +12,19 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..core.errors import FileFormatError
-from .gguf_values import Metadata, shown
-
-NORMAL, UNUSED = 1, 5
-HINT = "download a conversion of the model that keeps its tokenizer, or a .safetensors version"
+from .gguf_values import Metadata
+from .gguf_vocabulary import HINT, NORMAL, UNUSED, read_vocabulary
 
 
 def build_tekken_model(path: Path, metadata: Metadata) -> bytes:
     """The JSON as UTF-8. Raises FileFormatError when the file holds no such tokenizer."""
-    kind = metadata.get("tokenizer.ggml.model")
-    tokens = metadata.get("tokenizer.ggml.tokens", ())
-    types = metadata.get("tokenizer.ggml.token_type", ())
-    if kind != "gpt2" or not (isinstance(tokens, tuple) and isinstance(types, tuple)):
-        raise FileFormatError(path, f"the tokenizer in the file is {shown(str(kind))}, expected gpt2", HINT)
-    if not len(tokens) == len(types) > 0 or NORMAL not in types:
-        raise FileFormatError(
-            path, f"the vocabulary has {len(tokens)} tokens and {len(types)} types, expected the same", HINT
-        )
+    _, tokens, types, _ = read_vocabulary(path, metadata, ("gpt2",), scored=False)
+    if NORMAL not in types:
+        raise FileFormatError(path, "the vocabulary has only special tokens", HINT)
     specials = types.index(NORMAL)
     try:
         vocabulary = [
-            {"rank": rank, "token_bytes": base64.b64encode(_bytes(str(token))).decode(), "token_str": None}
+            {"rank": rank, "token_bytes": base64.b64encode(_bytes(token)).decode(), "token_str": None}
             for rank, (token, kind) in enumerate(zip(tokens[specials:], types[specials:], strict=True))
             if kind != UNUSED
         ]

@@ -176,9 +176,7 @@ def as_stored(name: str, info: TensorInfo, data: torch.Tensor) -> PackedTensor |
     text encoders calculate in.
     """
     dtype = info.format.dtype
-    if dtype is not None and not dtype.is_floating_point:
-        return data.view(dtype).view(info.shape)
-    if dtype is torch.float32:
+    if dtype is not None and (dtype is torch.float32 or not dtype.is_floating_point):
         return data.view(dtype).view(info.shape)
     if len(info.shape) <= 1 or DIRECT_TENSORS.match(name):
         return dequantize(data, info.format, info.shape, torch.float32)

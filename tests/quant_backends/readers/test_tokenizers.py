@@ -226,7 +226,7 @@ def test_llama_3_and_qwen_bring_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "setup,message",
     [
-        (lambda writer: None, "expected t5 or llama"),
+        (lambda writer: None, "is missing, expected t5 or llama"),
         (lambda writer: writer.add_tokenizer_model("gpt2"), "'gpt2', expected t5 or llama"),
         (
             lambda writer: (
