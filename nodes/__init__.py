@@ -12,8 +12,9 @@ logger = logging.getLogger("snug")
 class SnugExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .load_diffusion_model import SnugLoadDiffusionModel
+        from .load_text_encoders import SnugLoadTextEncoders
 
-        return [SnugLoadDiffusionModel]
+        return [SnugLoadDiffusionModel, SnugLoadTextEncoders]
 
 
 def create_extension() -> ComfyExtension:

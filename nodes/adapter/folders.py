@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import folder_paths
 
 from ...quant_backends.core.errors import SnugError
 
-# ComfyUI lists no .gguf files under "diffusion_models"; other packs share this key for them.
-GGUF_KEY = "unet_gguf"
-EXTENSIONS = {"diffusion_models": ".safetensors", GGUF_KEY: ".gguf"}
+
+@dataclass(frozen=True, slots=True)
+class _Library:
+    """Files of one kind. key: ComfyUI's folder key. gguf_key: ComfyUI lists no .gguf files under its own; other
+    packs share this one for them.
+    """
+
+    what: str
+    key: str
+    gguf_key: str
+
+    def files(self) -> list[str]:
+        names: set[str] = set()
+        for key, extension in self._extensions().items():
+            names.update(n for n in folder_paths.get_filename_list(key) if n.lower().endswith(extension))
+        return sorted(names)
+
+    def find(self, name: str) -> str:
+        for key, extension in self._extensions().items():
+            path = folder_paths.get_full_path(key, name) if name.lower().endswith(extension) else None
+            if path is not None:
+                return path
+        folders = ", ".join(folder_paths.get_folder_paths(self.key))
+        raise SnugError(
+            f"The {self.what} '{name}' was not found in {folders}; put the file there, or press R in ComfyUI "
+            f"to refresh the list and choose another one."
+        )
+
+    def _extensions(self) -> dict[str, str]:
+        return {self.key: ".safetensors", self.gguf_key: ".gguf"}
+
+
+DIFFUSION_MODELS = _Library("diffusion model", "diffusion_models", "unet_gguf")
+TEXT_ENCODERS = _Library("text encoder", "text_encoders", "clip_gguf")
 
 
 def register() -> None:
-    """Makes the `unet_gguf` folder key known, unless another pack already has.
+    """Makes the folder keys for .gguf files known, unless another pack already has.
 
-    It shares ComfyUI's own list of diffusion-model folders (the list object itself), so folders that are
-    added later through extra_model_paths.yaml are seen as well.
+    They share ComfyUI's own lists of folders (the list objects themselves), so folders that are added later
+    through extra_model_paths.yaml are seen as well.
     """
     known = folder_paths.folder_names_and_paths
-    if GGUF_KEY not in known:
-        known[GGUF_KEY] = (known["diffusion_models"][0], {".gguf"})
+    for library in (DIFFUSION_MODELS, TEXT_ENCODERS):
+        if library.gguf_key not in known:
+            known[library.gguf_key] = (known[library.key][0], {".gguf"})
 
 
 def diffusion_model_files() -> list[str]:
     """Names of the diffusion-model files that Snug can load, relative to their folders, sorted."""
-    names: set[str] = set()
-    for key, extension in EXTENSIONS.items():
-        names.update(n for n in folder_paths.get_filename_list(key) if n.lower().endswith(extension))
-    return sorted(names)
+    return DIFFUSION_MODELS.files()
 
 
 def find_diffusion_model(name: str) -> str:
     """Full path of a listed file. Raises SnugError when it is gone."""
-    for key, extension in EXTENSIONS.items():
-        path = folder_paths.get_full_path(key, name) if name.lower().endswith(extension) else None
-        if path is not None:
-            return path
-    folders = ", ".join(folder_paths.get_folder_paths("diffusion_models"))
-    raise SnugError(
-        f"The diffusion model '{name}' was not found in {folders}; put the file there, or press R in ComfyUI "
-        f"to refresh the list and choose another one."
-    )
+    return DIFFUSION_MODELS.find(name)
+
+
+def text_encoder_files() -> list[str]:
+    """Names of the text-encoder files that Snug can load, vision parts included, sorted."""
+    return TEXT_ENCODERS.files()
+
+
+def find_text_encoder(name: str) -> str:
+    """Full path of a listed file. Raises SnugError when it is gone."""
+    return TEXT_ENCODERS.find(name)

@@ -1,0 +1,129 @@
+"""Which text encoders the types of ComfyUI's CLIP loaders use, and the check before anything is loaded.
+
+Read from `comfy.sd.load_text_encoder_state_dicts` of ComfyUI 0.3.75 and 0.33. A kind is what core's own
+detection calls a file (`TEModel`), with UMT5 told apart from T5 by its vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+
+import comfy.sd
+
+from ...quant_backends.core.errors import FileFormatError, SnugError
+
+UMT5_ROWS = 256384
+
+# Kind: (what people call it, types that take it alone). No types: ComfyUI loads it alike whatever the type.
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "CLIP_L": ("CLIP-L", ("stable_diffusion", "sd3", "hidream")),
+    "CLIP_H": ("CLIP-H", ("stable_diffusion",)),
+    "CLIP_G": ("CLIP-G", ("stable_diffusion", "stable_cascade", "sd3", "hidream")),
+    "T5_XXL": ("T5-XXL", ("sd3", "chroma", "pixart", "ltxv", "mochi", "cogvideox", "hidream")),
+    "T5_XXL_OLD": ("T5-XXL 1.0", ("cosmos",)),
+    "T5_XL": ("T5-XL", ()),
+    "T5_BASE": ("T5-base", ("stable_audio",)),
+    "UMT5_XXL": ("UMT5-XXL", ("wan",)),
+    "UMT5_BASE": ("UMT5-base", ("ace",)),
+    "BYT5_SMALL_GLYPH": ("ByT5 small", ("hunyuan_image", "hunyuan_video_15")),
+    "LLAMA3_8": ("LLaMA 3 8B", ("hidream",)),
+    "GEMMA_2_2B": ("Gemma 2 2B", ("lumina2", "pixeldit")),
+    "GEMMA_3_4B": ("Gemma 3 4B", ("lumina2",)),
+    "GEMMA_3_12B": ("Gemma 3 12B", ("ltxv",)),
+    "QWEN25_3B": ("Qwen2.5-VL 3B", ("omnigen2",)),
+    "QWEN25_7B": ("Qwen2.5-VL 7B", ("qwen_image", "hunyuan_image", "longcat_image")),
+    "QWEN3_06B": ("Qwen3 0.6B", ()),
+    "QWEN3_2B": ("Qwen3 2B", ("ovis",)),
+    "QWEN3_4B": ("Qwen3 4B", ("lumina2", "flux2")),
+    "QWEN3_8B": ("Qwen3 8B", ("flux2", "ideogram4")),
+    "QWEN3VL_4B": ("Qwen3-VL 4B", ()),
+    "QWEN3VL_8B": ("Qwen3-VL 8B", ()),
+    "MISTRAL3_24B": ("Mistral Small 3 24B", ("flux2",)),
+    "MISTRAL3_24B_PRUNED_FLUX2": ("Mistral Small 3 24B (for Flux 2)", ("flux2",)),
+    "MINISTRAL_3_3B": ("Ministral 3 3B", ()),
+}
+
+_T5_CLIPS = frozenset({"CLIP_L", "CLIP_G", "T5_XXL"})
+# Types that take several files: number of files, then type to the kinds among them.
+TOGETHER: dict[int, dict[str, frozenset[str]]] = {
+    2: {
+        "sdxl": frozenset({"CLIP_L", "CLIP_G"}),
+        "sd3": _T5_CLIPS,
+        "flux": frozenset({"CLIP_L", "T5_XXL"}),
+        "hunyuan_video": frozenset({"CLIP_L", "LLAMA3_8"}),
+        "hidream": _T5_CLIPS | {"LLAMA3_8"},
+        "hunyuan_image": frozenset({"QWEN25_7B", "BYT5_SMALL_GLYPH"}),
+        "hunyuan_video_15": frozenset({"QWEN25_7B", "BYT5_SMALL_GLYPH"}),
+        "kandinsky5": frozenset({"QWEN25_7B", "CLIP_L"}),
+        "kandinsky5_image": frozenset({"QWEN25_7B", "CLIP_L"}),
+        "newbie": frozenset({"GEMMA_3_4B", "JINA_CLIP_2"}),
+        "ace": frozenset({"QWEN3_06B", "QWEN3_2B", "QWEN3_4B"}),
+    },
+    3: {"sd3": _T5_CLIPS},
+    4: {"hidream": _T5_CLIPS | {"LLAMA3_8"}},
+}
+# Their second file holds projections that no table knows.
+FREE_PAIRS = ("ltxv",)
+
+
+def clip_types() -> list[str]:
+    """The types of the running ComfyUI, those for one file first."""
+    import nodes  # ComfyUI's, which is not complete yet while custom nodes are imported
+
+    types: dict[str, None] = {}
+    for loader in (nodes.CLIPLoader, nodes.DualCLIPLoader):
+        types.update(dict.fromkeys(loader.INPUT_TYPES()["required"]["type"][0]))
+    return list(types)
+
+
+def detect_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The kind of a text encoder by its tensors' names and shapes; None when this ComfyUI knows none."""
+    found = comfy.sd.detect_te_model({name: SimpleNamespace(shape=shape) for name, shape in shapes.items()})
+    if found is None:
+        return None
+    is_umt5 = shapes.get("shared.weight", (0,))[0] == UMT5_ROWS
+    return f"UM{found.name}" if is_umt5 else found.name
+
+
+def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None:
+    """kinds: (path, kind) of each file, as chosen together. Raises SnugError when `clip_type` is not for them.
+
+    Types and kinds that the tables do not have (a newer ComfyUI) are left to ComfyUI.
+    """
+    count = len(kinds)
+    if count == 1:
+        ((path, kind),) = kinds
+        name, types = KINDS.get(kind or "", ("", ()))
+        if types and clip_type not in types:
+            raise _wrong_type(path, name, clip_type, types)
+        return
+    wanted = TOGETHER[count].get(clip_type)
+    if wanted is None:
+        possible = [number for number in TOGETHER if clip_type in TOGETHER[number]]
+        alone = any(clip_type in types for _, types in KINDS.values())
+        if clip_type not in FREE_PAIRS and (possible or alone):
+            numbers = " or ".join(map(str, [1] * alone + possible))
+            raise SnugError(
+                f"Type {clip_type} takes {numbers} text encoder files, got {count}; set the others to none, or "
+                f"choose another type."
+            )
+        return
+    for path, kind in kinds:
+        if kind in KINDS and kind not in wanted:
+            raise _wrong_type(path, KINDS[kind][0], clip_type, _types_for(kind, count))
+
+
+def _types_for(kind: str, count: int) -> tuple[str, ...]:
+    return tuple(name for name, kinds in TOGETHER[count].items() if kind in kinds) or KINDS[kind][1]
+
+
+def _wrong_type(path: str, name: str, clip_type: str, types: tuple[str, ...]) -> FileFormatError:
+    available = [entry for entry in types if entry in clip_types()]
+    hint = f"choose type {' or '.join(available)}" if available else "update ComfyUI to use it"
+    return FileFormatError(
+        os.fspath(path),
+        f"this is {name}, which type {clip_type} does not use here",
+        f"{hint}, or another file",
+    )

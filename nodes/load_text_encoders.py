@@ -1,0 +1,96 @@
+"""Load Text Encoders (Snug): one to four text-encoder files to a native CLIP."""
+
+from __future__ import annotations
+
+import os
+
+from comfy_api.latest import io
+
+from .adapter import folders
+from .adapter.text_encoder_kinds import clip_types
+from .adapter.text_encoders import load_text_encoders
+
+NONE = "none"
+AUTO = "auto"
+
+
+class SnugLoadTextEncoders(io.ComfyNode):
+    """One loader for any number of text encoders, `.gguf` and `.safetensors` in any mix."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = folders.text_encoder_files()
+        parts = [name for name in files if name.lower().endswith(".gguf")]
+        return io.Schema(
+            node_id="SnugLoadTextEncoders",
+            display_name="Load Text Encoders (Snug)",
+            category="Snug/loaders",
+            description=(
+                "Loads one to four text encoders, quantized or not, in any mix, as a normal CLIP for prompts, "
+                "LoRA and saving. Quantized weights stay packed in memory and are decoded as they are used."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder_1",
+                    options=files,
+                    tooltip=(
+                        "A .gguf or .safetensors file from models/text_encoders or models/clip. What it is, is "
+                        "read from the file's content; its name does not matter."
+                    ),
+                ),
+                io.Combo.Input(
+                    "type",
+                    options=clip_types(),
+                    tooltip=(
+                        "The kind of model that the prompt is for. A text encoder that this model does not use is "
+                        "refused with the types that do."
+                    ),
+                ),
+                *(
+                    io.Combo.Input(
+                        f"text_encoder_{number}",
+                        options=[NONE, *files],
+                        default=NONE,
+                        optional=True,
+                        tooltip=(
+                            "Another text encoder, for models that use several: SDXL, Flux and HunyuanVideo two, "
+                            "SD3 up to three, HiDream up to four. The order does not matter."
+                        ),
+                    )
+                    for number in (2, 3, 4)
+                ),
+                io.Combo.Input(
+                    "mmproj",
+                    options=[AUTO, NONE, *parts],
+                    default=AUTO,
+                    optional=True,
+                    tooltip=(
+                        "The vision part of a Qwen2.5-VL or Qwen3-VL GGUF, needed to edit images. auto: the one in "
+                        "the same folder that fits."
+                    ),
+                ),
+            ],
+            outputs=[io.Clip.Output(tooltip="The text encoders, ready for CLIP Text Encode and LoRA.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, text_encoder_1: str, type: str, **optional: str) -> tuple[object, ...]:
+        """Changes when a file on disk does, so that a replaced file is loaded anew."""
+        names = _chosen(text_encoder_1, optional)
+        mmproj = optional.get("mmproj", AUTO)
+        names += [mmproj] if mmproj not in (AUTO, NONE) else []
+        stats = [os.stat(folders.find_text_encoder(name)) for name in names]
+        return (type, mmproj, *names, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
+
+    @classmethod
+    def execute(cls, text_encoder_1: str, type: str, **optional: str) -> io.NodeOutput:
+        mmproj = optional.get("mmproj", AUTO)
+        if mmproj not in (AUTO, NONE):
+            mmproj = folders.find_text_encoder(mmproj)
+        paths = [folders.find_text_encoder(name) for name in _chosen(text_encoder_1, optional)]
+        return io.NodeOutput(load_text_encoders(paths, type, mmproj))
+
+
+def _chosen(first: str, optional: dict[str, str]) -> list[str]:
+    others = (optional.get(f"text_encoder_{number}", NONE) for number in (2, 3, 4))
+    return [first, *(name for name in others if name != NONE)]
