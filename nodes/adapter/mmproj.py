@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from ...quant_backends.readers.text_encoder_tables import VISION_OF
 logger = logging.getLogger("snug")
 
 EMBEDDINGS = "model.embed_tokens.weight"
+# What ComfyUI's classes call their vision towers (Qwen; Gemma 3).
+TOWERS = ("visual", "vision_model")
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,15 @@ class MissingVision(torch.nn.Module):
         )
 
 
-def guard_missing_vision(model: torch.nn.Module) -> None:
-    """Replaces vision towers, which have no weights, by MissingVision: random ones would ruin images silently."""
-    towers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "visual"]
-    for name in towers:
-        model.set_submodule(name, MissingVision())
+def guard_missing_vision(model: torch.nn.Module, loaded: Collection[str]) -> None:
+    """Replaces vision towers that got no weights by MissingVision: random ones would ruin images silently.
+
+    loaded: names of the tensors that were loaded.
+    """
+    for name, _ in list(model.named_modules()):
+        parent, _, tower = name.rpartition(".")
+        if tower in TOWERS and not any(key.startswith((f"{tower}.", f"model.{tower}.")) for key in loaded):
+            setattr(model.get_submodule(parent), tower, MissingVision())
 
 
 def _parts_beside(path: Path) -> list[VisionGGUF]:

@@ -73,9 +73,9 @@ def load_text_encoders(
     for state_dict, encoder in zip(state_dicts, encoders, strict=True):
         if vision is not None and encoder.gguf is vision.encoder:
             state_dict.update(_packed(vision.gguf.state_dict()))
+    loaded = {name for state_dict in state_dicts for name in state_dict}
     clip = _build(paths, state_dicts, known_type, LoadSettings(on_weight=reader), disable_dynamic)
-    if vision is None:
-        guard_missing_vision(clip.cond_stage_model)
+    guard_missing_vision(clip.cond_stage_model, loaded)
     adopt(clip.patcher)
     set_compute_dtype(clip.cond_stage_model, COMPUTE_DTYPE)
     # How newer ComfyUI builds this model again when it needs one without dynamic VRAM.

@@ -38,7 +38,7 @@ class VisionGGUF:
 
     def state_dict(self, progress: Callable[[int], None] | None = None) -> dict[str, Tensor]:
         """Name to tensor; query, key and value are joined without decoding where their formats agree."""
-        family = VISION_FAMILIES[self.projector]
+        family, taps = VISION_FAMILIES[self.projector], self._taps()
         tensors: dict[str, Tensor] = {}
         for name, info in self.file.tensors.items():
             data = self.file.read(name)
@@ -49,8 +49,8 @@ class VisionGGUF:
             elif len(info.shape) > 2:
                 tensor = dequantize(data, info.format, info.shape, torch.float32)
             else:
-                tensor = as_stored(_new_name(name, family, self._taps()), info, data)
-            tensors[_new_name(name, family, self._taps())] = tensor
+                tensor = as_stored(new_name(name, family, taps), info, data)
+            tensors[new_name(name, family, taps)] = tensor
             if progress is not None:
                 progress(info.nbytes)
         return dict(_joined_attention(tensors))
@@ -102,7 +102,8 @@ def open_vision_gguf(path: str | os.PathLike[str]) -> VisionGGUF:
     return VisionGGUF(file, projector, output.shape[0])
 
 
-def _new_name(name: str, family: VisionFamily, taps: list[int]) -> str:
+def new_name(name: str, family: VisionFamily, taps: list[int]) -> str:
+    """ComfyUI's name of a stored tensor; taps: layers of the deepstack mergers, ascending."""
     match = SUFFIX.match(name)
     tap = DEEPSTACK.match(match[1]) if match else None
     if match and tap and family.deepstack:

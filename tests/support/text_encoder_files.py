@@ -6,7 +6,7 @@ with the converters' formulas. Weights should lie on the format's grid (`snap`),
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ QWEN3VL_MERGER = {
     "merger.linear_fc1": "mm.0",
     "merger.linear_fc2": "mm.2",
 }
+PATCH_EMBEDDING = "patch_embed.proj.weight"
+DEEPSTACK_LAYERS = (5, 11, 17)
 
 
 def snap(values: torch.Tensor, format: str) -> torch.Tensor:
@@ -38,6 +40,40 @@ def permute(weights: torch.Tensor, heads: int) -> torch.Tensor:
     )
 
 
+def gguf_names(names: Iterable[str], architecture: str) -> dict[str, str]:
+    """Original name to llama.cpp's."""
+    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    mapping = gguf.get_tensor_name_map(kind, 128)
+    found = {name: mapping.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
+    assert None not in found.values(), [name for name, new in found.items() if new is None]
+    return {name: new for name, new in found.items() if new is not None}
+
+
+def vision_names(names: Iterable[str], projector: str) -> dict[str, list[str]]:
+    """Name in the vision tower ("blocks.0.norm1.weight") to llama.cpp's: several where it splits a tensor."""
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 32)
+    qwen3 = projector == "qwen3vl_merger"
+    found = {}
+    for name in names:
+        stem, _, suffix = name.rpartition(".")
+        if name == PATCH_EMBEDDING:
+            found[name] = ["v.patch_embd.weight", "v.patch_embd.weight.1"]
+        elif stem.startswith("deepstack_merger_list."):
+            _, number, part = stem.split(".")
+            found[name] = [
+                f"v.deepstack.{DEEPSTACK_LAYERS[int(number)]}.{part.replace('linear_', '')}.{suffix}"
+            ]
+        elif stem.endswith(".attn.qkv") and not qwen3:
+            parts = [mapping.get_name(f"visual.{stem.removesuffix('qkv')}{letter}") for letter in "qkv"]
+            found[name] = [f"{part}.{suffix}" for part in parts]
+        else:
+            new = QWEN3VL_MERGER.get(stem) if qwen3 else None
+            new = new or mapping.get_name(f"visual.{stem}")
+            assert new is not None, f"the gguf package has no name for {name}"
+            found[name] = [f"{new}.{suffix}"]
+    return found
+
+
 def write_text_encoder(
     path: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -50,9 +86,7 @@ def write_text_encoder(
     """heads: (query, key/value) heads, written to the metadata and, for llama, used to permute. setup: called
     with the writer. extra: tensors under llama.cpp's names, stored as float32.
     """
-    kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    blocks = 1 + max((int(part) for name in tensors for part in name.split(".") if part.isdigit()), default=0)
-    mapping = gguf.get_tensor_name_map(kind, blocks)
+    names = gguf_names(tensors, architecture)
     writer = gguf.GGUFWriter(path, architecture)
     if heads is not None:
         writer.add_head_count(heads[0])
@@ -60,8 +94,6 @@ def write_text_encoder(
     if setup is not None:
         setup(writer)
     for name, tensor in tensors.items():
-        new = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert new is not None, f"the gguf package has no name for {name}"
         if heads is not None and architecture in ("llama", "mistral3"):
             if ".q_proj." in name:
                 tensor = permute(tensor, heads[0])
@@ -69,7 +101,7 @@ def write_text_encoder(
                 tensor = permute(tensor, heads[1])
         if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             tensor = tensor + 1
-        add(writer, new, tensor, format)
+        add(writer, names[name], tensor, format)
     for name, tensor in (extra or {}).items():
         add(writer, name, tensor, "F32")
     return finish(writer, path)
@@ -79,30 +111,15 @@ def write_mmproj(
     path: Path, tensors: Mapping[str, torch.Tensor], projector: str, format: str = "Q8_0"
 ) -> Path:
     """tensors: names of the vision tower without ComfyUI's prefix ("blocks.0.norm1.weight")."""
-    deepstack = sorted({name.split(".")[1] for name in tensors if name.startswith("deepstack_merger_list.")})
-    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 32)
+    names = vision_names(tensors, projector)
     writer = gguf.GGUFWriter(path, "clip")
     writer.add_type("mmproj")
     writer.add_string("clip.projector_type", projector)
     for name, tensor in tensors.items():
-        stem, _, suffix = name.rpartition(".")
-        new = QWEN3VL_MERGER.get(stem) if "qwen3vl" in projector else None
-        if stem == "patch_embed.proj" and suffix == "weight":
-            add(writer, "v.patch_embd.weight", tensor[:, :, 0], "F32")
-            add(writer, "v.patch_embd.weight.1", tensor[:, :, 1], "F32")
-            continue
-        if stem.startswith("deepstack_merger_list."):
-            _, number, part = stem.split(".")
-            layer = (5, 11, 17)[deepstack.index(number)]
-            new = f"v.deepstack.{layer}.{part.replace('linear_', '')}"
-        if stem.endswith(".attn.qkv") and "qwen3vl" not in projector:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                split = mapping.get_name(f"visual.{stem.removesuffix('qkv')}{letter}")
-                add(writer, f"{split}.{suffix}", part, format)
-            continue
-        new = new or mapping.get_name(f"visual.{stem}")
-        assert new is not None, f"the gguf package has no name for {name}"
-        add(writer, f"{new}.{suffix}", tensor, format)
+        new = names[name]
+        parts = tensor.unbind(2) if name == PATCH_EMBEDDING else tensor.chunk(len(new))
+        for stored, part in zip(new, parts, strict=True):
+            add(writer, stored, part, format)
     return finish(writer, path)
 
 
