@@ -106,8 +106,8 @@ def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None
         if clip_type not in FREE_PAIRS and (possible or alone):
             numbers = " or ".join(map(str, [1] * alone + possible))
             raise SnugError(
-                f"Type {clip_type} takes {numbers} text encoder files, got {count}; set the others to none, or "
-                f"choose another type."
+                f"Type {clip_type} takes {numbers} text encoder file{'s' * (numbers != '1')}, got {count}; set the "
+                f"others to none, or choose another type."
             )
         return
     for path, kind in kinds:
