@@ -53,7 +53,7 @@ def text_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_dense(comfy: Any, path: Path, clip_type: str) -> Any:
-    kind = getattr(comfy.sd.CLIPType, clip_type.upper())
+    kind = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
     return comfy.sd.load_clip([str(path)], clip_type=kind, model_options={"dtype": torch.float32})
 
 

@@ -16,7 +16,9 @@ def folders(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
     known = dict(folder_paths.folder_names_and_paths)
     known["diffusion_models"] = ([str(tmp_path)], {".safetensors", ".ckpt"})
+    known["text_encoders"] = ([str(tmp_path / "sub")], {".safetensors"})
     known.pop("unet_gguf", None)
+    known.pop("clip_gguf", None)
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     (tmp_path / "sub").mkdir()
@@ -54,3 +56,15 @@ def test_key_of_another_pack_is_not_disturbed(folders: Any, tmp_path: Path) -> N
     register()
     assert folders.folder_names_and_paths["unet_gguf"] is theirs
     assert "c.GGUF" in diffusion_model_files()
+
+
+def test_text_encoders(folders: Any, tmp_path: Path) -> None:
+    from snug.nodes.adapter.folders import find_text_encoder, register, text_encoder_files
+    from snug.quant_backends.core.errors import SnugError
+
+    (tmp_path / "sub" / "t5.safetensors").touch()
+    register()
+    assert text_encoder_files() == ["c.GGUF", "t5.safetensors"]
+    assert all(Path(find_text_encoder(name)).is_file() for name in text_encoder_files())
+    with pytest.raises(SnugError, match=r"The text encoder 'gone\.gguf' was not found in .*press R"):
+        find_text_encoder("gone.gguf")

@@ -6,7 +6,9 @@ detection, which looks at full sizes, is told the kind. Everything else is the o
 
 from __future__ import annotations
 
+import base64
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,3 +200,93 @@ def test_images_without_a_vision_part_are_refused(choice: str, make: Any) -> Non
     assert encode(clip).isfinite().all()
     with pytest.raises(SnugError, match="loaded without its vision part.*mmproj"):
         image_prompt(clip)
+
+
+SPECIALS = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", *(f"<SPECIAL_{n}>" for n in range(5, 11)), "<pad>"]
+SPECIALS += ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+MERGED = [" the", " a", "th", "he", "re", "ed", "on", "é", "in", "an", " t", " m", "oo", "ing", " th"]
+
+
+def tekken() -> dict[str, Any]:
+    """A small vocabulary in the form of Mistral's tekken.json: bytes, then merges."""
+    texts = [bytes([value]) for value in range(256)] + [text.encode() for text in MERGED]
+    entries = [
+        {"rank": rank, "token_bytes": base64.b64encode(text).decode(), "token_str": None}
+        for rank, text in enumerate(texts)
+    ]
+    config = {
+        "num_vocab_tokens": len(texts),
+        "default_vocab_size": len(SPECIALS) + len(texts),
+        "default_num_special_tokens": len(SPECIALS),
+    }
+    special = [{"rank": rank, "token_str": text, "is_control": True} for rank, text in enumerate(SPECIALS)]
+    return {"config": config, "vocab": entries, "special_tokens": special}
+
+
+def add_tekken(writer: Any, rows: int) -> None:
+    """As llama.cpp writes it: GPT-2's characters for bytes."""
+    printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [value for value in range(256) if value not in printing]
+    characters = {value: chr(value) for value in printing} | {v: chr(256 + n) for n, v in enumerate(others)}
+    texts = [base64.b64decode(entry["token_bytes"]) for entry in tekken()["vocab"]]
+    tokens = SPECIALS + ["".join(characters[value] for value in text) for text in texts]
+    types = [3] * len(SPECIALS) + [1] * len(texts) + [5] * (rows - len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("tekken")
+    writer.add_token_list(tokens + [f"[PAD{number}]" for number in range(len(tokens), rows)])
+    writer.add_token_types(types)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral3"])
+def test_mistral(architecture: str, comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from comfy.text_encoders import llama
+
+    shape = {**sizes(hidden=64, layers=32, heads=(4, 2)), "vocab_size": 512}
+    monkeypatch.setattr(
+        llama, "Mistral3Small24BConfig", functools.partial(llama.Mistral3Small24BConfig, **shape)
+    )
+    detect_as(comfy, monkeypatch, "MISTRAL3_24B")
+    module = llama.Mistral3Small24B({}, torch.float32, "meta", comfy.ops.manual_cast)
+    weights = random_weights(module, "Q8_0")
+    vocabulary = torch.frombuffer(bytearray(json.dumps(tekken()).encode()), dtype=torch.uint8)
+    dense = tmp_path / "dense.safetensors"
+    save_file({**weights, "tekken_model": vocabulary}, dense)
+    path = tmp_path / "mistral.gguf"
+    write_text_encoder(
+        path, weights, architecture, heads=(4, 2), setup=lambda writer: add_tekken(writer, 512)
+    )
+    try:
+        reference = load_dense(comfy, dense, "flux2")
+    except TypeError as error:
+        pytest.skip(f"ComfyUI's own tokenizer of Mistral does not work with these transformers ({error})")
+    packed = load_packed(path, "flux2")
+    prompt = "a red fox in the moonlight, née, 狐狸 🦊"
+    assert packed.tokenize(prompt) == reference.tokenize(prompt)
+    wanted = encode(reference, prompt)
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(encode(packed, prompt), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_qwen3_with_vision(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Qwen3-VL: text encoder and vision part in one state dict, as ComfyUI's detection needs them."""
+    qwen3vl = pytest.importorskip("comfy.text_encoders.qwen3vl")
+    small = functools.partial(qwen3vl.Qwen3VL_4BConfig, **sizes())
+    tower = {"hidden_size": 128, "intermediate_size": 256, "depth": 4, "deepstack_visual_indexes": [0, 1, 2]}
+    monkeypatch.setitem(qwen3vl.QWEN3VL_CONFIGS, "qwen3vl_4b", small)
+    monkeypatch.setitem(qwen3vl.QWEN3VL_VISION, "qwen3vl_4b", tower)
+    monkeypatch.setitem(qwen3vl.QWEN3VL_VISION_COMMON, "num_heads", 4)
+    detect_as(comfy, monkeypatch, "QWEN3VL_4B")
+
+    class Small(qwen3vl.Qwen3VL):
+        model_type = "qwen3vl_4b"
+
+    weights = random_weights(Small({}, torch.float32, "meta", comfy.ops.manual_cast), "Q8_0")
+    vision = {name.removeprefix("visual."): t for name, t in weights.items() if name.startswith("visual.")}
+    dense = tmp_path / "dense.safetensors"
+    save_file(weights, dense)
+    path = write_text_encoder(tmp_path / "qwen3vl.gguf", text_only(weights), "qwen3vl", heads=(8, 4))
+    write_mmproj(tmp_path / "mmproj.gguf", vision, "qwen3vl_merger")
+    reference, packed = load_dense(comfy, dense, "stable_diffusion"), load_packed(path, "stable_diffusion")
+    wanted = image_prompt(reference)
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(image_prompt(packed), wanted, rtol=1e-3, atol=1e-3)
