@@ -12,7 +12,9 @@ import torch
 
 from ..core.errors import SnugError
 from ..core.host_memory import empty
+from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
+from ..formats.scaled_base import rows_and_columns
 
 # Weights per chunk. On a CPU it weighs the fixed cost of some dozen torch calls, about 0.1 ms, against the cache
 # that intermediates of about 6 bytes a weight need: 2^19 to 2^21 measured alike, 2^18 a third slower.
@@ -53,19 +55,42 @@ def dequantize(
             f"{fmt.name} data must be a contiguous uint8 tensor, got {data.dtype} {tuple(data.shape)}."
         )
     fmt.check_nbytes(data.numel(), shape)
-    if out is None:
-        out = empty(shape, dtype, data.device)
-    elif (tuple(out.shape), out.dtype, out.device, out.is_contiguous()) != (shape, dtype, data.device, True):
-        raise SnugError(
-            f"The output must be a contiguous {dtype} tensor of shape {shape} on {data.device}, "
-            f"got {'' if out.is_contiguous() else 'strided '}{out.dtype} {tuple(out.shape)} on {out.device}."
-        )
+    out = _output(shape, dtype, data.device, out)
     if out.numel() == 0:
         return out
     if fmt.dtype is not None:
         _copy_plain(data.view(-1), fmt.dtype, out.view(-1))
     else:
         _decode_chunks(data.view(-1, fmt.block_bytes), fmt, out.view(-1, fmt.block_size))
+    return out
+
+
+def dequantize_packed(
+    packed: PackedTensor, dtype: torch.dtype = torch.float32, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Decode a packed tensor of any format to its logical shape in `dtype`, on its device; `out` as above.
+
+    Rounded once from float32. Scaled formats equal their library's own result in the dtype of their scales.
+    """
+    fmt, shape = packed.format, tuple(packed.shape)
+    if isinstance(fmt, type):
+        return dequantize(packed.data, fmt, shape, dtype, out)
+    device = packed.data.device
+    out = _output(shape, dtype, device, out)
+    if out.numel() == 0:
+        return out
+    rows, columns = rows_and_columns(shape)
+    step = min(rows, max(1, weights_per_chunk(device) // columns))
+    scratch = Scratch(device, step * columns * SCRATCH_BYTES)
+    matrix = out.view(rows, columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        result = matrix[start:stop]
+        direct = dtype == torch.float32
+        weights = result if direct else scratch.get("weights", (stop - start, columns), torch.float32)
+        fmt.decode_rows(packed.data, packed.parts, shape, start, stop, weights, scratch)
+        if not direct:
+            result.copy_(weights)
     return out
 
 
@@ -83,6 +108,19 @@ def quantize(values: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
     for chunk, result in zip(blocks.split(step), packed.split(step), strict=True):
         result.copy_(fmt.quantize_blocks(chunk.float()))
     return packed.view(-1, columns // fmt.block_size * fmt.block_bytes)
+
+
+def _output(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, out: torch.Tensor | None
+) -> torch.Tensor:
+    if out is None:
+        return empty(shape, dtype, device)
+    if (tuple(out.shape), out.dtype, out.device, out.is_contiguous()) != (shape, dtype, device, True):
+        raise SnugError(
+            f"The output must be a contiguous {dtype} tensor of shape {shape} on {device}, "
+            f"got {'' if out.is_contiguous() else 'strided '}{out.dtype} {tuple(out.shape)} on {out.device}."
+        )
+    return out
 
 
 def _copy_plain(data: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> None:

@@ -1,0 +1,23 @@
+"""Scaled formats by name: what travels with a weight is a string, and this turns it back into the format."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from ..core.errors import SnugError
+from .bitsandbytes_4bit import BitsAndBytes4Bit
+from .quanto_groups import QuantoGroups
+from .scaled_base import ScaledFormat
+from .scaled_elements import ScaledElements
+
+__all__ = ["BitsAndBytes4Bit", "QuantoGroups", "ScaledElements", "ScaledFormat", "scaled_format"]
+
+
+@lru_cache(maxsize=256)
+def scaled_format(name: str) -> ScaledFormat:
+    """The format called `name`; SnugError when there is none."""
+    for kind in (BitsAndBytes4Bit, ScaledElements, QuantoGroups):
+        found = kind.parse(name)
+        if found is not None:
+            return found
+    raise SnugError(f"There is no scaled format called {name!r}; the file may need a newer version of Snug.")
