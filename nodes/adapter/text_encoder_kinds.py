@@ -80,10 +80,15 @@ def clip_types() -> list[str]:
 
 def detect_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """The kind of a text encoder by its tensors' names and shapes; None when this ComfyUI knows none."""
-    found = comfy.sd.detect_te_model({name: SimpleNamespace(shape=shape) for name, shape in shapes.items()})
+    try:
+        found = comfy.sd.detect_te_model(
+            {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
+        )
+    except IndexError:  # it looks at dimensions that a damaged file does not have
+        return None
     if found is None:
         return None
-    is_umt5 = shapes.get("shared.weight", (0,))[0] == UMT5_ROWS
+    is_umt5 = shapes.get("shared.weight", ())[:1] == (UMT5_ROWS,)
     return f"UM{found.name}" if is_umt5 else found.name
 
 

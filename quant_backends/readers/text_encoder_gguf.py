@@ -34,6 +34,7 @@ from .text_encoder_tables import (
     NameMap,
 )
 
+FAULTY = "the file was written by a faulty converter: download another conversion of the model"
 SUFFIX = re.compile(r"(.+)\.(weight|bias)$")
 
 
@@ -82,10 +83,11 @@ class TextEncoderGGUF:
         data = self.file.read(info.name)
         heads = self._permuted_heads(name)
         if heads:
-            data = self._unpermuted(name, info, data, heads)
+            data = self._unpermuted(info, data, heads)
         tensor = as_stored(name, info, data)
         if self.family is not None and self.family.norm_shift and name.endswith("norm.weight"):
-            assert isinstance(tensor, torch.Tensor), "norms are vectors"
+            if isinstance(tensor, PackedTensor):
+                raise self._faulty(f"the norm {shown(info.name)} is no vector")
             return tensor - self.family.norm_shift
         return tensor
 
@@ -97,28 +99,27 @@ class TextEncoderGGUF:
         key = f"{self.architecture}.attention.head_count"
         heads = self.metadata.integer(key, 0)
         if heads < 1:
-            raise FileFormatError(
-                self.path,
-                f"metadata {shown(key)} is missing, so rows of {shown(name)} cannot be put in order",
-                "the file was written by a faulty converter: download another conversion of the model",
+            raise self._faulty(
+                f"metadata {shown(key)} is missing, so rows of {shown(name)} cannot be put in order"
             )
         return heads if match[1] == "q" else self.metadata.integer(f"{key}_kv", heads)
 
-    def _unpermuted(self, name: str, info: TensorInfo, data: torch.Tensor, heads: int) -> torch.Tensor:
+    def _unpermuted(self, info: TensorInfo, data: torch.Tensor, heads: int) -> torch.Tensor:
         """The same bytes with the rows in the original order.
 
         llama.cpp (LlamaModel.permute) stores row j of half i of each head at 2 j + i. Blocks never cross rows,
         so whole rows move as they are.
         """
-        rows = info.shape[0]
-        if heads < 1 or rows % (2 * heads):
-            raise FileFormatError(
-                self.path,
-                f"tensor {shown(info.name)} has {rows} rows, no even number for each of the {heads} heads",
-                "the file was written by a faulty converter: download another conversion of the model",
+        rows = info.shape[0] if info.shape else 0
+        if heads < 1 or rows < 1 or rows % (2 * heads):
+            raise self._faulty(
+                f"tensor {shown(info.name)} has {rows} rows, no even number for each of the {heads} heads"
             )
         order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
         return data.view(rows, -1).index_select(0, order).view(-1)
+
+    def _faulty(self, problem: str) -> FileFormatError:
+        return FileFormatError(self.path, problem, FAULTY)
 
 
 def open_text_encoder_gguf(path: str | os.PathLike[str]) -> TextEncoderGGUF:

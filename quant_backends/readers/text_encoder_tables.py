@@ -192,4 +192,4 @@ DEEPSTACK = re.compile(r"v\.deepstack\.(\d+)\.(norm|fc1|fc2)$")
 SECOND_PATCH = "v.patch_embd.weight.1"
 
 # Vocabularies that ComfyUI brings tokenizers for (T5 as padded and as trained, ByT5); another T5 is a UMT5.
-T5_BUILT_IN_ROWS = (32128, 32100, 384)
+T5_BUILT_IN_ROWS = ((32128,), (32100,), (384,))

@@ -24,7 +24,7 @@ def needed_tokenizer(encoder: TextEncoderGGUF) -> str | None:
     if family is not None and family.norm_shift:
         return "spiece_model"
     table = encoder.infos.get("shared.weight")
-    return "spiece_model" if table is not None and table.shape[0] not in T5_BUILT_IN_ROWS else None
+    return "spiece_model" if table is not None and table.shape[:1] not in T5_BUILT_IN_ROWS else None
 
 
 def tokenizer_tensor(encoder: TextEncoderGGUF, key: str) -> torch.Tensor:

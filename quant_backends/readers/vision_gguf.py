@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,7 @@ from ..kernels.dequantize import dequantize
 from .gguf_file import GGUFFile
 from .gguf_values import shown
 from .model_kind import text_value
-from .text_encoder_gguf import SUFFIX, as_stored, mapped_name
+from .text_encoder_gguf import FAULTY, SUFFIX, as_stored, mapped_name
 from .text_encoder_tables import DEEPSTACK, PROJECTOR_KEYS, SECOND_PATCH, VISION_FAMILIES, VisionFamily
 
 Tensor = PackedTensor | torch.Tensor
@@ -53,7 +54,7 @@ class VisionGGUF:
             tensors[new_name(name, family, taps)] = tensor
             if progress is not None:
                 progress(info.nbytes)
-        return dict(_joined_attention(tensors))
+        return dict(_joined_attention(self.file.path, tensors))
 
     def _patch_embedding(self, name: str) -> torch.Tensor:
         """(out, in, h, w) twice to (out, in, 2, h, w): float32."""
@@ -66,7 +67,7 @@ class VisionGGUF:
                 self.file.path,
                 f"the two halves of the patch embedding have the shapes {tuple(slices[0].shape)} and "
                 f"{tuple(slices[1].shape)}, expected the same",
-                "download another conversion of the model",
+                FAULTY,
             )
         return torch.stack(slices, dim=2)
 
@@ -86,7 +87,11 @@ def open_vision_gguf(path: str | os.PathLike[str]) -> VisionGGUF:
     file = GGUFFile(path)
     projector = next((value for key in PROJECTOR_KEYS if (value := text_value(file.metadata, key))), None)
     output = file.tensors.get("mm.2.weight")
-    if output is None or not any(name.startswith("v.blk.") for name in file.tensors):
+    if (
+        output is None
+        or len(output.shape) != 2
+        or not any(name.startswith("v.blk.") for name in file.tensors)
+    ):
         raise FileFormatError(
             file.path,
             "the file is not the vision part (mmproj) of a text encoder",
@@ -112,14 +117,16 @@ def new_name(name: str, family: VisionFamily, taps: list[int]) -> str:
     return family.prefix + (mapped_name(name, family.names) or name)
 
 
-def _joined_attention(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _joined_attention(path: Path, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """`attn.q`, `attn.k` and `attn.v` as one `attn.qkv`; everything else as it is."""
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
         if module.endswith(".attn.q"):
             stem = module.removesuffix("q")
-            parts = [tensors.get(f"{stem}{letter}.{suffix}") for letter in "qkv"]
-            yield f"{stem}qkv.{suffix}", _concatenated([part for part in parts if part is not None])
+            parts = [tensors[key] for letter in "qkv" if (key := f"{stem}{letter}.{suffix}") in tensors]
+            if len(parts) != 3 or len({tuple(part.shape[1:]) for part in parts}) > 1:
+                raise FileFormatError(path, f"{shown(name)} has no key and value that fit", FAULTY)
+            yield f"{stem}qkv.{suffix}", _concatenated(parts)
         elif not module.endswith((".attn.k", ".attn.v")):
             yield name, tensor
 
