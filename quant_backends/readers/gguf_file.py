@@ -17,10 +17,8 @@ with a file, the only exception that leaves this module is `FileFormatError`.
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import final
@@ -30,6 +28,7 @@ import torch
 from ..core.errors import FileFormatError
 from .gguf_tensors import MIN_TENSOR_BYTES, TensorInfo, read_tensor_infos
 from .gguf_values import REDOWNLOAD, ByteCursor, Metadata
+from .mapped_file import FOREIGN_MAGICS, map_file
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
@@ -39,22 +38,8 @@ MIN_ALIGNMENT, MAX_ALIGNMENT = 8, 1 << 21
 # The shortest pair: key length, one character of key, type, value.
 MIN_PAIR_BYTES = 8 + 1 + 4 + 1
 
-# What is often found under the name of a model file: first bytes, what it is, what to do.
-FOREIGN_MAGICS = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the model itself", "download the file itself"),
-    (b"<!DOCTYPE", "a web page", "download the file itself, not the page about it"),
-    (b"<html", "a web page", "download the file itself, not the page about it"),
-    (b"PK\x03\x04", "a zip or PyTorch file", "load it with a loader for PyTorch checkpoints"),
-    (b"lmgg", "a GGML file from before GGUF", "download a GGUF version of the model"),
-    (b"fmgg", "a GGMF file from before GGUF", "download a GGUF version of the model"),
-    (b"tjgg", "a GGJT file from before GGUF", "download a GGUF version of the model"),
-)
-
 MERGE_SPLITS = "merge the parts into one file with 'llama-gguf-split --merge' and load that"
 _SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
-
-# Python names this flag only from 3.13 on; this is its value on x86 and ARM.
-_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 @final
@@ -75,7 +60,7 @@ class GGUFFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._bytes: memoryview | None = _map_file(self.path)
+        self._bytes: memoryview | None = map_file(self.path)
         cursor = ByteCursor(self._bytes, self.path)
         self.version = _read_version(cursor)
         tensor_count = cursor.count("the tensor count", MIN_TENSOR_BYTES)
@@ -108,28 +93,6 @@ class GGUFFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _map_file(path: Path) -> memoryview:
-    """Map a whole file copy-on-write.
-
-    The memoryview (rather than the mmap) is what tensors hold: it keeps the mapping from ever being closed
-    under them. On Linux the mapping asks for no swap reservation, which the kernel would otherwise refuse for
-    a file larger than the machine's memory although almost none of it is ever written to.
-    """
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise FileFormatError(path, "the file is empty", REDOWNLOAD)
-            if sys.platform == "linux":
-                flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                return memoryview(mmap.mmap(file.fileno(), 0, flags=flags, prot=protection))
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise FileFormatError(
-            path, f"the file cannot be opened ({reason})", "check the path and its permissions"
-        ) from error
 
 
 def _read_version(cursor: ByteCursor) -> int:

@@ -1,0 +1,47 @@
+"""Files mapped into memory, and what is often found under the name of a model file."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from pathlib import Path
+
+from ..core.errors import FileFormatError
+from .gguf_values import REDOWNLOAD
+
+# What is often found under the name of a model file: first bytes, what it is, what to do.
+FOREIGN_MAGICS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the model itself", "download the file itself"),
+    (b"<!DOCTYPE", "a web page", "download the file itself, not the page about it"),
+    (b"<html", "a web page", "download the file itself, not the page about it"),
+    (b"PK\x03\x04", "a zip or PyTorch file", "load it with a loader for PyTorch checkpoints"),
+    (b"lmgg", "a GGML file from before GGUF", "download a GGUF version of the model"),
+    (b"fmgg", "a GGMF file from before GGUF", "download a GGUF version of the model"),
+    (b"tjgg", "a GGJT file from before GGUF", "download a GGUF version of the model"),
+)
+
+# Python names this flag only from 3.13 on; this is its value on x86 and ARM.
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+def map_file(path: Path) -> memoryview:
+    """Map a whole file copy-on-write; FileFormatError when it is missing, unreadable or empty.
+
+    The memoryview (rather than the mmap) is what tensors hold: it keeps the mapping from ever being closed
+    under them. On Linux the mapping asks for no swap reservation, which the kernel would otherwise refuse for
+    a file larger than the machine's memory although almost none of it is ever written to.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise FileFormatError(path, "the file is empty", REDOWNLOAD)
+            if sys.platform == "linux":
+                flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                return memoryview(mmap.mmap(file.fileno(), 0, flags=flags, prot=protection))
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise FileFormatError(
+            path, f"the file cannot be opened ({reason})", "check the path and its permissions"
+        ) from error
