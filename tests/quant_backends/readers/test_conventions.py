@@ -1,0 +1,215 @@
+"""Files written by the quantization libraries themselves give the weights that those libraries see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from snug.quant_backends.core.errors import FileFormatError
+from snug.quant_backends.core.packed import PackedTensor
+from snug.quant_backends.kernels.dequantize import dequantize_packed
+from snug.quant_backends.readers.conventions import LoadedSafetensors, open_quantized_safetensors
+
+Opened = Callable[..., LoadedSafetensors]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Opened:
+    library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+
+    def save_and_open(
+        tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None, **options: Any
+    ) -> LoadedSafetensors:
+        path = tmp_path / "model.safetensors"
+        library.save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata=metadata)
+        return open_quantized_safetensors(path, **options)
+
+    return save_and_open
+
+
+def decoded(loaded: LoadedSafetensors, name: str, dtype: torch.dtype) -> torch.Tensor:
+    packed = loaded.state_dict[name]
+    assert isinstance(packed, PackedTensor)
+    return dequantize_packed(packed, dtype)
+
+
+def model(dtype: torch.dtype, bias: bool = True) -> Any:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(256, 48, bias=bias), torch.nn.Linear(48, 32, bias=bias)).to(
+        dtype
+    )
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("block", [64, 4096])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes_4bit(kind: str, block: int, nested: bool, opened: Opened) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
+    values = torch.randn(6, 100).half()
+    data, state = functional.quantize_4bit(
+        values, quant_type=kind, blocksize=block, compress_statistics=nested
+    )
+    parts = {f"a.weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    loaded = opened({"a.weight": data, "a.bias": torch.ones(6), **parts})
+    assert loaded.convention.name == "bitsandbytes-4bit"
+    assert loaded.state_dict.keys() == {"a.weight", "a.bias"}
+    assert loaded.format_counts == {f"bnb-{kind}-{block}" + ("-nested-256" if nested else ""): 1, "F32": 1}
+    assert torch.equal(decoded(loaded, "a.weight", torch.float16), functional.dequantize_4bit(data, state))
+
+
+def test_bitsandbytes_int8(opened: Opened) -> None:
+    library = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = library.nn.Linear8bitLt(96, 5, has_fp16_weights=False)
+    values = torch.randn(5, 96).half()
+    layer.weight = library.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False)
+    state = torch.nn.Sequential(layer.to("cpu")).state_dict()
+    loaded = opened(state)
+    expected = library.functional.int8_vectorwise_dequant(state["0.weight"], state["0.SCB"])
+    assert loaded.convention.name == "bitsandbytes-int8"
+    assert loaded.state_dict.keys() == {"0.weight", "0.bias"}
+    assert torch.equal(decoded(loaded, "0.weight", torch.float32), expected)
+
+
+def test_bitsandbytes_int8_in_another_order_is_refused(opened: Opened) -> None:
+    tensors = {"a.weight": torch.zeros(2, 4, dtype=torch.int8), "a.SCB": torch.ones(2)}
+    with pytest.raises(FileFormatError, match="GPU's own tile order .* save the model again"):
+        opened(tensors | {"a.weight_format": torch.tensor(2, dtype=torch.uint8)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", ["qint2", "qint4", "qint8", "qfloat8", "qfloat8_e5m2"])
+def test_quanto(kind: str, dtype: torch.dtype, opened: Opened) -> None:
+    quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    net = model(dtype)
+    quanto.quantize(net, weights=quanto.qtypes[kind])
+    quanto.freeze(net)
+    loaded = opened(net.state_dict())
+    assert loaded.convention.name == "quanto"
+    assert loaded.state_dict.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert loaded.extras.keys() == {
+        f"{layer}.{scale}_scale" for layer in (0, 1) for scale in ("input", "output")
+    }
+    for layer in (0, 1):
+        found = decoded(loaded, f"{layer}.weight", dtype)
+        assert torch.equal(found, net[layer].weight.dequantize())
+
+
+def test_quanto_without_a_bias_needs_the_shape(opened: Opened) -> None:
+    quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
+    net = model(torch.float32, bias=False)
+    quanto.quantize(net, weights=quanto.qint4)
+    quanto.freeze(net)
+    with pytest.raises(FileFormatError, match="the shape of '0.weight' is not in the file"):
+        opened(net.state_dict())
+    loaded = opened(net.state_dict(), shapes={"0.weight": (48, 256), "1.weight": (32, 48)})
+    assert torch.equal(decoded(loaded, "0.weight", torch.float32), net[0].weight.dequantize())
+
+
+INT4 = vars(torch)["int4"]  # a name that torch's own type hints leave out
+TORCHAO = {
+    "int8 rows": lambda ao: ao.Int8WeightOnlyConfig(set_inductor_config=False),
+    "int8 groups": lambda ao: ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(16), set_inductor_config=False),
+    "float8": lambda ao: ao.Float8WeightOnlyConfig(set_inductor_config=False),
+    "int4 groups": lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=INT4, granularity=ao.PerGroup(16)),
+    "int4 rows": lambda ao: ao.IntxWeightOnlyConfig(weight_dtype=INT4, granularity=ao.PerAxis(0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", TORCHAO)
+def test_torchao(config: str, dtype: torch.dtype, opened: Opened) -> None:
+    ao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    net = model(dtype)
+    ao.quantize_(net, TORCHAO[config](ao))
+    loaded = opened(*support.flatten_tensor_state_dict(net.state_dict()))
+    assert loaded.convention.name == "torchao"
+    assert loaded.state_dict.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    for layer in (0, 1):
+        assert torch.equal(decoded(loaded, f"{layer}.weight", dtype), net[layer].weight.dequantize())
+
+
+@pytest.mark.parametrize("kind", ["Int4TilePackedTo4dTensor", "NVFP4Tensor", "Int4Tensor"])
+def test_torchao_layouts_of_one_kernel_are_refused(kind: str, opened: Opened) -> None:
+    metadata = {"tensor_names": '["a.weight"]', "a.weight": json.dumps({"_type": kind, "_data": {}})}
+    with pytest.raises(FileFormatError, match=f"torchao's '{kind}', a layout made for one kind of GPU"):
+        opened({"a._weight_qdata": torch.zeros(2)}, metadata)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "scale", [torch.tensor(0.25), torch.tensor([0.25]), torch.rand(8, 1)], ids=["0-d", "1-d", "rows"]
+)
+@pytest.mark.parametrize("keys", [("scale_weight", "scale_input"), ("weight_scale", "input_scale")])
+def test_scaled_fp8(keys: tuple[str, str], scale: torch.Tensor, dtype: torch.dtype, opened: Opened) -> None:
+    weight = torch.randn(8, 16).to(dtype)
+    tensors = {"a.weight": weight, f"a.{keys[0]}": scale, f"a.{keys[1]}": torch.tensor(2.0)}
+    tensors |= {"b.weight": torch.ones(4, 4), f"b.{keys[0]}": torch.tensor(2.0)}
+    loaded = opened(tensors | {"scaled_fp8": torch.empty(2, dtype=dtype)})
+    assert loaded.convention.name == "scaled-fp8"
+    assert loaded.state_dict.keys() == {"a.weight", "b.weight"}
+    assert loaded.extras.keys() == {"scaled_fp8", f"a.{keys[1]}"}
+    assert torch.equal(decoded(loaded, "a.weight", torch.float32), weight.float() * scale.float())
+    assert torch.equal(loaded.state_dict["b.weight"], torch.full((4, 4), 2.0))
+
+
+def test_plain_files_stay_as_they_are(opened: Opened) -> None:
+    loaded = opened({"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2).to(torch.float8_e4m3fn)})
+    assert (loaded.convention.name, loaded.convention.core) == ("plain", False)
+    assert loaded.format_counts == {"F32": 1, "F8_E4M3": 1}
+
+
+@pytest.mark.parametrize("metadata", [{"_quantization_metadata": "{}"}, None])
+def test_files_of_comfyui_are_left_to_it(metadata: dict[str, str] | None, opened: Opened) -> None:
+    tensors = {"a.weight": torch.ones(2).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(())}
+    if metadata is None:
+        tensors["a.comfy_quant"] = torch.zeros(2, dtype=torch.uint8)
+    loaded = opened(tensors, metadata)
+    assert loaded.convention.core
+    assert loaded.state_dict.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("qweight", "wscales"), r"quantized with SVDQuant \(Nunchaku\), .* own kernels; load a GGUF"),
+        (("qweight", "proj_down"), r"quantized with SVDQuant \(Nunchaku\)"),
+        (("qweight", "qzeros", "g_idx", "scales"), "quantized with GPTQ, which Snug does not load"),
+        (("qweight", "qzeros", "scales"), "quantized with AWQ, which Snug does not load"),
+    ],
+)
+def test_what_is_refused(names: tuple[str, ...], sentence: str, opened: Opened) -> None:
+    with pytest.raises(FileFormatError, match=sentence):
+        opened({f"blocks.0.{name}": torch.zeros(2) for name in names})
+
+
+NF4 = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [2, 64]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"quant_type": "fp4"}, "names another type than its key, nf4"),
+        ({"shape": [2, -64]}, "has no possible shape"),
+        ({"shape": None}, "has no possible shape"),
+        ({"shape": [3, 64]}, "needs 96 elements of uint8 as its data, got 64"),
+        ({"blocksize": "64"}, "has no possible block sizes"),
+        ({"blocksize": 0}, "no scaled format called 'bnb-nf4-0'"),
+        ({"blocksize": 63}, "even number of weights, got 63"),
+        ({"nested_blocksize": 256}, "the tensor 'a.weight.nested_absmax' is missing"),
+    ],
+)
+def test_an_inconsistent_quantization_state(changes: dict[str, Any], sentence: str, opened: Opened) -> None:
+    state = torch.tensor(list(json.dumps(NF4 | changes).encode()), dtype=torch.uint8)
+    tensors = {
+        "a.weight": torch.zeros(64, 1, dtype=torch.uint8),
+        "a.weight.absmax": torch.ones(2),
+        "a.weight.quant_map": torch.ones(16),
+        "a.weight.quant_state.bitsandbytes__nf4": state,
+    }
+    with pytest.raises(FileFormatError, match=sentence):
+        opened(tensors)
