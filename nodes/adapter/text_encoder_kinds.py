@@ -6,9 +6,11 @@ detection calls a file (`TEModel`), with UMT5 told apart from T5 by its vocabula
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import comfy.sd
 
@@ -70,8 +72,7 @@ FREE_PAIRS = ("ltxv",)
 
 def clip_types() -> list[str]:
     """The types of the running ComfyUI, those for one file first."""
-    import nodes  # ComfyUI's, which is not complete yet while custom nodes are imported
-
+    nodes: Any = importlib.import_module("nodes")  # ComfyUI's; not complete while custom nodes are imported
     types: dict[str, None] = {}
     for loader in (nodes.CLIPLoader, nodes.DualCLIPLoader):
         types.update(dict.fromkeys(loader.INPUT_TYPES()["required"]["type"][0]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ COMPUTE_DTYPE = torch.float32
 HALF_FORMATS = {torch.float16: FORMATS["F16"], torch.bfloat16: FORMATS["BF16"]}
 # Marks of ComfyUI's own quantized weights.
 CORE_QUANTIZED = ("scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale")
+# One of these is in every text encoder, also in those that detection leaves to ComfyUI's defaults.
+TEXT_NAMES = re.compile(
+    r"token_embedding|embed_tokens|word_embeddings|shared\.weight|text_model|transformer\.resblocks"
+    r"|text_embedding_projection"
+)
 MIX_HINT = "load it without GGUF files beside it, or choose a GGUF or a plain version of it"
 
 
@@ -116,7 +122,14 @@ def _open(path: str) -> _Encoder:
         raise FileFormatError(
             path, f"the file cannot be read ({error})", "check that it is a complete .safetensors file"
         ) from error
-    return _Encoder(path, detect_kind(shapes), None, os.path.getsize(path))
+    kind = detect_kind(shapes)
+    if kind is None and not any(TEXT_NAMES.search(name) for name in shapes):
+        raise FileFormatError(
+            path,
+            "the file is no text encoder that this ComfyUI knows",
+            "choose another file; load diffusion models with 'Load Diffusion Model (Snug)'",
+        )
+    return _Encoder(path, kind, None, os.path.getsize(path))
 
 
 def _load_with_core(paths: Sequence[str], clip_type: Any, disable_dynamic: bool) -> Any:

@@ -206,6 +206,9 @@ def test_wrong_partner_and_wrong_number(nothing_is_loaded: None, tmp_path: Path)
 def test_files_of_other_kinds(nothing_is_loaded: None, tmp_path: Path) -> None:
     flux = write(tmp_path / "flux.gguf", {"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, "flux")
     assert "Load Diffusion Model (Snug)" in refusal([flux], "flux")
+    dense = tmp_path / "flux.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, dense)
+    assert "no text encoder that this ComfyUI knows" in refusal([dense], "stable_diffusion")
     vision = write(tmp_path / "v.gguf", {"v.blk.0.ln1.weight": torch.zeros(2)}, "clip")
     assert "choose the text encoder here and this file as mmproj" in refusal([vision], "qwen_image")
     unknown = write(tmp_path / "new.gguf", {"blk.0.attn_q.weight": torch.zeros(8, 8)}, "qwen3")
