@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from .gguf_values import shown
 from .key_groups import KeyGroups
 from .safetensors_file import SafetensorsFile
 
@@ -50,4 +51,4 @@ def load_scaled_fp8(groups: KeyGroups) -> None:
                 # Converters write a scale, mostly 1, beside layers that they left as they were.
                 groups.state_dict[name] = (weight.float() * scale.float().view(())).to(weight.dtype)
             else:
-                groups.file.fail(f"the weight {name!r} is {info.dtype_name} with {scale.numel()} scales")
+                groups.file.fail(f"the weight {shown(name)} is {info.dtype_name} with {scale.numel()} scales")
