@@ -10,7 +10,10 @@ from typing import Any
 import comfy.ops
 import torch
 import torch.nn.functional as F
+from comfy_kitchen.tensor import QuantizedTensor
 
+from ...quant_backends.formats import FORMATS
+from ...quant_backends.kernels.dequantize import dequantize
 from .layout import is_packed, packed_linear, unpack
 from .packed_module import LoadSettings, PackedWeightModule
 
@@ -118,12 +121,19 @@ class PackedConv(PackedWeightModule):
 
 
 class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):
-    """Embedding table; the packed one is decoded whole (diffusion models have small tables only)."""
+    """Embedding table; of a packed one only the rows that are looked up are moved and decoded.
+
+    The vocabularies of text encoders take gigabytes when decoded whole.
+    """
 
     def forward_comfy_cast_weights(
         self, input: torch.Tensor, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
         dtype = self.weight.dtype if out_dtype is None else out_dtype
+        if is_packed(self.weight):
+            whole_blocks = self.embedding_dim % FORMATS[self.weight.params.format].block_size == 0
+            if whole_blocks and not (self.patched() or self.weight_function or self.max_norm):
+                return packed_embedding(input, self.weight, dtype)
         weight, bias, token = comfy.ops.cast_bias_weight(
             self, device=input.device, dtype=dtype, offloadable=True
         )
@@ -139,6 +149,18 @@ class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):
         )
         comfy.ops.uncast_bias_weight(self, weight, bias, token)
         return output
+
+
+def packed_embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
+    """weight[ids] in `dtype` on ids' device: ids [...] integer, weight [rows, width] anywhere; [..., width].
+
+    The rows are gathered where the table lies, still packed, so an offloaded table stays where it is.
+    """
+    rows, width = weight.shape
+    table = weight._qdata.view(rows, -1)
+    found = table.index_select(0, ids.reshape(-1).to(table.device)).to(ids.device)
+    fmt = FORMATS[weight.params.format]
+    return dequantize(found.view(-1), fmt, (found.shape[0], width), dtype).view(*ids.shape, width)
 
 
 class DenseOnLoad(torch.nn.Module):
