@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -49,8 +50,10 @@ class SnugLoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, compute_dtype: str) -> tuple[str, str, int, int]:
+    def fingerprint_inputs(cls, model_name: str | None, compute_dtype: str) -> tuple[Any, ...]:
         """Changes when the file on disk does, so that a replaced file is loaded anew."""
+        if model_name is None:  # comes from another node and is not known yet
+            return (None, compute_dtype)
         stat = os.stat(folders.find_diffusion_model(model_name))
         return (model_name, compute_dtype, stat.st_mtime_ns, stat.st_size)
 

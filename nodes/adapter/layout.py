@@ -15,10 +15,12 @@ import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor.base import BaseLayoutParams
 
+from ...quant_backends.core.errors import SnugError
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.formats import FORMATS
 from ...quant_backends.kernels.dequantize import dequantize, quantize
 from ...quant_backends.kernels.linear import linear
+from ...quant_backends.kernels.traced import traced_dequantize
 
 LAYOUT_NAME = "snug.GGML"
 
@@ -41,8 +43,13 @@ class GGMLLayout(QuantizedLayout):
     ) -> tuple[torch.Tensor, GGMLLayout.Params]:
         """Encodes `tensor` in `format`. Core's options (scale, stochastic rounding) have no meaning for ggml.
 
-        Raises SnugError for formats that cannot be written.
+        Snug's own patcher never needs it. Raises SnugError for formats that cannot be written.
         """
+        if not FORMATS[format].can_quantize:
+            raise SnugError(
+                f"A LoRA cannot be merged into a {format} weight; another node has replaced Snug's handling of "
+                f"this model: connect the LoRA without that node, or choose a Q8_0 or Q4_0 file."
+            )
         params = cls.Params(None, tensor.dtype, tuple(tensor.shape), format)  # type: ignore[arg-type]
         return quantize(tensor, FORMATS[format]).view(-1), params
 
@@ -84,7 +91,15 @@ def with_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
 def unpack(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight decoded to a plain tensor of `dtype`, rounded once."""
     params = weight.params
+    if torch.compiler.is_compiling():
+        return traced_dequantize(weight._qdata, params.format, list(params.orig_shape), dtype)
     return dequantize(weight._qdata, FORMATS[params.format], params.orig_shape, dtype)
+
+
+def unpack_first_block(weight: QuantizedTensor, device: torch.device) -> None:
+    """Decodes one block of the weight on `device` and forgets it: puts the format's tables there."""
+    fmt = FORMATS[weight.params.format]
+    dequantize(weight._qdata[: fmt.block_bytes].to(device), fmt, (fmt.block_size,), weight.dtype)
 
 
 def packed_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:

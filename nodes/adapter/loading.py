@@ -28,6 +28,9 @@ COMPUTE_DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "b
 # architecture prefers on this device (float16 would be taken as the file's own wish).
 UNDECIDED_DTYPE = torch.bfloat16
 
+# RuntimeErrors that are about the file: ComfyUI's detection and torch's report of misshapen tensors.
+_REFUSALS = ("Could not detect model type", "loading state_dict")
+
 
 def load_diffusion_model(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False) -> Any:
     """Load a `.gguf` with packed weights, or any other file with ComfyUI's own loader.
@@ -54,6 +57,8 @@ def _load_with_core(path: str, disable_dynamic: bool) -> Any:
     try:
         return comfy.sd.load_diffusion_model(path, **options)
     except (RuntimeError, ValueError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _REFUSALS):
+            raise  # out of memory, above all, which ComfyUI handles itself
         raise FileFormatError(
             path,
             f"ComfyUI cannot load this file as a diffusion model ({_summary(error)})",
@@ -81,12 +86,25 @@ def _load_gguf(path: str, disable_dynamic: bool) -> Any:
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, model_options={"custom_operations": build_operations(settings)}, **options
         )
-    except RuntimeError as error:  # torch's report of missing or misshapen tensors
+    except RuntimeError as error:
+        if not any(text in str(error) for text in _REFUSALS):
+            raise
         raise _unsupported(path, tensors, f"its tensors do not fit the model ({_summary(error)})") from error
+    except (
+        AttributeError
+    ) as error:  # core's conversion of diffusers' names calculates on the weights in place
+        raise _unsupported(
+            path, tensors, "its tensors have names that ComfyUI can only convert unquantized"
+        ) from error
     if patcher is None:
         raise _unsupported(path, tensors, "its tensors match none of the models that this ComfyUI knows")
     bar.update_absolute(bar.total)
+    settings.on_weight = _ignore
     return adopt(patcher)
+
+
+def _ignore(_nbytes: int) -> None:
+    """Progress of a load that is over."""
 
 
 def _model_config(tensors: LoadedTensors) -> dict[str, str] | None:

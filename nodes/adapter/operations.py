@@ -92,20 +92,18 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
                     f"size mismatch for {key}: the file has {tuple(value.shape)}, the model needs {shape}."
                 )
                 continue
-            elif not local_metadata.get("assign_to_params_buffers", False):
+            elif name == "bias" or not local_metadata.get("assign_to_params_buffers", False):
+                # A bias in another dtype than the model's would make core cast the packed weight with it.
                 value = value.to(dtype)
             setattr(self, name, torch.nn.Parameter(value, requires_grad=False))
         known = {prefix + name for name in shapes}
         unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
-        weight, bias, token = comfy.ops.cast_bias_weight(self, input, offloadable=True)
-        if is_packed(weight) and not self.patched():
-            output = packed_linear(input, weight, bias)
-        else:
-            output = F.linear(input, self.dense_weight(weight, input.dtype), bias)
-        comfy.ops.uncast_bias_weight(self, weight, bias, token)
-        return output
+        with self.cast_weight(input) as (weight, bias):
+            if is_packed(weight) and not self.patched():
+                return packed_linear(input, weight, bias)
+            return F.linear(input, self.dense_weight(weight, input.dtype), bias)
 
 
 class PackedConv(PackedWeightModule):
@@ -113,11 +111,9 @@ class PackedConv(PackedWeightModule):
 
     _conv_forward: Any
 
-    def forward_comfy_cast_weights(self, input: torch.Tensor, **options: Any) -> torch.Tensor:
-        weight, bias, token = self.cast_dense(input)
-        output = self._conv_forward(input, weight, bias, **options)
-        self.uncast(token)
-        return output
+    def forward_comfy_cast_weights(self, input: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        with self.cast_weight(input) as (weight, bias):
+            return self._conv_forward(input, self.dense_weight(weight, input.dtype), bias, *args, **options)
 
 
 class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):
@@ -129,26 +125,22 @@ class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):
     def forward_comfy_cast_weights(
         self, input: torch.Tensor, out_dtype: torch.dtype | None = None
     ) -> torch.Tensor:
+        if not is_packed(self.weight):
+            return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
         dtype = self.weight.dtype if out_dtype is None else out_dtype
-        if is_packed(self.weight):
-            whole_blocks = self.embedding_dim % FORMATS[self.weight.params.format].block_size == 0
-            if whole_blocks and not (self.patched() or self.weight_function or self.max_norm):
-                return packed_embedding(input, self.weight, dtype)
-        weight, bias, token = comfy.ops.cast_bias_weight(
-            self, device=input.device, dtype=dtype, offloadable=True
-        )
-        table = self.dense_weight(weight, dtype)
-        output = F.embedding(
-            input,
-            table,
-            self.padding_idx,
-            self.max_norm,
-            self.norm_type,
-            self.scale_grad_by_freq,
-            self.sparse,
-        )
-        comfy.ops.uncast_bias_weight(self, weight, bias, token)
-        return output
+        whole_blocks = self.embedding_dim % FORMATS[self.weight.params.format].block_size == 0
+        if whole_blocks and not (self.patched() or self.weight_function or self.max_norm):
+            return packed_embedding(input, self.weight, dtype)
+        with self.cast_weight(None, device=input.device, dtype=dtype) as (weight, _):
+            return F.embedding(
+                input,
+                self.dense_weight(weight, dtype),
+                self.padding_idx,
+                self.max_norm,
+                self.norm_type,
+                self.scale_grad_by_freq,
+                self.sparse,
+            )
 
 
 def packed_embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,9 @@ class LoadSettings:
 class PackedWeightModule(torch.nn.Module):
     """Mixin before one of ComfyUI's operation classes; its `weight` may be a packed tensor.
 
-    weight_patches / hook_patches: LoRA and hook patches of the packed weight, set by the model patcher and
-    applied whenever the weight is decoded. (ComfyUI's own `weight_function` would make core copy and decode
-    the weight in the compute dtype first.)
+    weight_patches, hook_patches, weight_wrappers: what is applied to the packed weight, in this order, whenever
+    it is decoded; set by the model patcher. (ComfyUI's own `weight_function` would make core copy the weight
+    and hand it over decoded in the compute dtype, or in older versions packed.)
     """
 
     settings: LoadSettings
@@ -41,11 +42,12 @@ class PackedWeightModule(torch.nn.Module):
     weight_lowvram_function: Any
     weight_patches: WeightPatches | None = None
     hook_patches: WeightPatches | None = None
+    weight_wrappers: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
 
     # ---- the weight, decoded -------------------------------------------------------------------------------
 
     def patched(self) -> bool:
-        return self.weight_patches is not None or self.hook_patches is not None
+        return bool(self.weight_patches or self.hook_patches or self.weight_wrappers)
 
     def dense_weight(self, weight: Any = None, dtype: Any = None) -> torch.Tensor:
         """The decoded and patched weight, in `dtype` (default: the weight's own), rounded once.
@@ -60,19 +62,21 @@ class PackedWeightModule(torch.nn.Module):
             dense = unpack(weight, torch.float32)
         else:
             return unpack(weight, dtype)
-        for patches in (self.weight_patches, self.hook_patches):
-            if patches is not None:
-                dense = patches(dense)
+        for function in (self.weight_patches, self.hook_patches, *self.weight_wrappers):
+            if function is not None:
+                dense = function(dense)
         return dense.to(dtype)
 
-    def cast_dense(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        """Weight and bias as plain tensors on input's device and dtype, and the token for `uncast`."""
-        weight, bias, token = comfy.ops.cast_bias_weight(self, input, offloadable=True)
-        return self.dense_weight(weight, input.dtype), bias, (weight, bias, token)
-
-    def uncast(self, token: tuple[Any, Any, Any]) -> None:
-        """Gives the cast buffers back to ComfyUI; call it after the last use of the weight."""
-        comfy.ops.uncast_bias_weight(self, *token)
+    @contextmanager
+    def cast_weight(
+        self, input: torch.Tensor | None, **options: Any
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Weight (packed where it is) and bias on input's device, given back to ComfyUI afterwards whatever happens."""
+        weight, bias, token = comfy.ops.cast_bias_weight(self, input, offloadable=True, **options)
+        try:
+            yield weight, bias
+        finally:
+            comfy.ops.uncast_bias_weight(self, weight, bias, token)
 
     # ---- ComfyUI's weight patching contract ----------------------------------------------------------------
 
@@ -150,8 +154,9 @@ class PackedWeightModule(torch.nn.Module):
         """comfy-kitchen's tensors cannot be deep-copied: the packed weight is cloned instead."""
         if is_packed(self.weight):
             memo[id(self.weight)] = torch.nn.Parameter(self.weight.detach().clone(), requires_grad=False)
-        for patches in (self.weight_patches, self.hook_patches):
-            memo[id(patches)] = patches  # never changed in place, and they may hold another model's weights
+        for function in (self.weight_patches, self.hook_patches, *self.weight_wrappers):
+            if function is not None:
+                memo[id(function)] = function  # never changed, and they may hold another model's weights
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))

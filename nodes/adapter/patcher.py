@@ -10,14 +10,16 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import comfy.model_patcher
+import comfy.hooks
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from .layout import is_packed
+from .compat import is_dynamic, is_low_vram_patch
+from .layout import is_packed, unpack_first_block
 from .packed_module import PackedWeightModule, packed_modules
-from .patches import WeightPatches
+from .patches import WeightPatches, adapter_bytes, needs_original
 from .state_tensor import PackedStateTensor
 
 if TYPE_CHECKING:
@@ -47,42 +49,80 @@ class PackedPatcher(_Base):
     # ---- LoRA and other weight patches ---------------------------------------------------------------------
 
     def _attach_patches(self) -> None:
-        """Gives each packed layer the patches of its key and takes away what core has attached instead."""
-        nbytes = 0
-        # With dynamic VRAM the weights themselves stay on the CPU and are paged in as they are used.
-        paged_to = self.load_device if getattr(self, "is_dynamic", bool)() else None
-        for name, module in packed_modules(self.model):
-            key = f"{name}.weight"
-            patches = WeightPatches(key, self.patches[key]) if self.patches.get(key) else None
-            device = paged_to or module.weight.device
-            if patches is not None and device.type != "cpu":
-                patches, moved = patches.to(device)
-                nbytes += moved
-            others = [f for f in module.weight_function if not isinstance(f, _LOWVRAM_PATCH | WeightPatches)]
+        """Gives each packed layer the patches of its key and takes away what core has attached instead.
+
+        Safe to call at any time: what a layer already has is kept.
+        """
+        modules = [(f"{name}.weight", module) for name, module in packed_modules(self.model)]
+        on_device = self._factors_fit(modules)
+        for key, module in modules:
+            wrappers = self.weight_wrapper_patches.get(key, [])
+            module.weight_function = [
+                f for f in module.weight_function if not is_low_vram_patch(f) and f not in wrappers
+            ]
             if hasattr(module, "weight_lowvram_function"):
                 module.weight_lowvram_function = None
-            if others and patches is not None:  # keep core's order: patches first, then wrappers
-                others.insert(0, patches)
-                patches = None
-            module.weight_function = others
-            module.weight_patches = patches
-        self.model.model_loaded_weight_memory += nbytes
+            module.weight_wrappers = tuple(wrappers)
+
+            device = self._compute_device(module) if on_device else None
+            current = module.weight_patches
+            if not self.patches.get(key):
+                module.weight_patches = None
+            elif current is None or (current.version, current.device) != (self.patches_uuid, device):
+                module.weight_patches = WeightPatches(key, self.patches[key], self.patches_uuid, device)
+        self._count_factors(sum(m.weight_patches.nbytes for _, m in modules if m.weight_patches is not None))
+
+    def _compute_device(self, module: PackedWeightModule) -> torch.device | None:
+        """Where a layer's patches are best kept; None: where ComfyUI has them, copied as they are used.
+
+        With dynamic VRAM the weights themselves stay on the CPU and are paged in.
+        """
+        device = self.load_device if is_dynamic(self) else module.weight.device
+        return None if device.type == "cpu" else device
+
+    def _factors_fit(self, modules: list[tuple[str, PackedWeightModule]]) -> bool:
+        """Whether all low-rank factors fit on the device beside what sampling needs."""
+        nbytes = sum(adapter_bytes(self.patches.get(key, [])) for key, _ in modules)
+        free = comfy.model_management.get_free_memory(self.load_device) + getattr(
+            self.model, _FACTOR_BYTES, 0
+        )
+        return nbytes < free - comfy.model_management.minimum_inference_memory()
+
+    def _count_factors(self, nbytes: int) -> None:
+        """Adds the factors' bytes to what core believes is loaded, in place of what was added before."""
+        self.model.model_loaded_weight_memory += nbytes - getattr(self.model, _FACTOR_BYTES, 0)
+        setattr(self.model, _FACTOR_BYTES, nbytes)
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         result = super().load(*args, **kwargs)
+        setattr(self.model, _FACTOR_BYTES, 0)  # core has counted anew
         self._attach_patches()
+        self._warm_up()
         return result
+
+    def _warm_up(self) -> None:
+        """Decodes one block of each format, so that lookup tables are on the device before sampling starts.
+
+        Memory that is allocated in a forward and kept afterwards breaks CUDA graphs.
+        """
+        weights = {module.weight.params.format: module.weight for _, module in packed_modules(self.model)}
+        for weight in weights.values():
+            unpack_first_block(weight, self.load_device)
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         freed = super().partially_unload(*args, **kwargs)
-        self._attach_patches()
+        if not is_dynamic(self):  # there core only drops pages
+            self._attach_patches()
         return freed
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        result = super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for _, module in packed_modules(self.model):
                 module.weight_patches = None
-        return super().unpatch_model(device_to, unpatch_weights)
+                module.weight_wrappers = ()
+            setattr(self.model, _FACTOR_BYTES, 0)
+        return result
 
     def patch_weight_to_device(self, key: str, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Core's "merge the patches into this weight now": packed weights stay as they are.
@@ -120,7 +160,10 @@ class PackedPatcher(_Base):
                 hooks, combined_patches, key, original_weights, memory_counter
             )
         elif key in combined_patches:
-            module.hook_patches = WeightPatches(key, combined_patches[key], {key: original_weights[key]})
+            patches = combined_patches[key]
+            originals = {key: original_weights[key]} if needs_original(patches) else None
+            device = self._compute_device(module)
+            module.hook_patches = WeightPatches(key, patches, device=device, original_weights=originals)
             if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:
                 self.cached_hook_patches.setdefault(hooks, {})[key] = module.hook_patches
 
@@ -166,7 +209,8 @@ class PackedPatcher(_Base):
         return state_dict
 
 
-_LOWVRAM_PATCH = comfy.model_patcher.LowVramPatch
+# Attribute of the model: bytes of low-rank factors that are counted as loaded.
+_FACTOR_BYTES = "snug_factor_bytes"
 
 
 def _buffer(weight: QuantizedTensor) -> torch.nn.Parameter:

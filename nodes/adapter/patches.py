@@ -14,12 +14,26 @@ from comfy.weight_adapter import WeightAdapterBase
 
 
 class WeightPatches:
-    """The patches that ComfyUI holds for one key, as a function on the decoded weight."""
+    """The patches that ComfyUI holds for one key, as a function on the decoded weight.
 
-    def __init__(self, key: str, patches: list[Any], original_weights: dict[str, Any] | None = None) -> None:
+    version: core's identifier of a set of patches; `device`: where the low-rank factors are, None for where
+    ComfyUI keeps them; `nbytes`: what they take there beyond that.
+    """
+
+    def __init__(
+        self,
+        key: str,
+        patches: list[Any],
+        version: Any = None,
+        device: torch.device | None = None,
+        original_weights: dict[str, Any] | None = None,
+    ) -> None:
         self.key = key
-        self.patches = patches
+        self.version = version
+        self.device = device
         self.original_weights = original_weights
+        self.nbytes = 0
+        self.patches = patches if device is None else [self._moved(patch, device) for patch in patches]
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """weight: float32, changed in place where possible. Returns the patched weight, maybe of another shape."""
@@ -31,23 +45,35 @@ class WeightPatches:
             original_weights=self.original_weights,
         )
 
-    def to(self, device: torch.device) -> tuple[WeightPatches, int]:
-        """A copy with its low-rank factors on `device`, and the bytes that this took there.
+    def _moved(self, patch: Any, device: torch.device) -> Any:
+        """The patch with an adapter's tensors on `device`.
 
-        Patches as large as the weight itself (full differences, merged models) stay where they are and are
-        copied when they are used: keeping them on the device would take the memory that packing saved.
+        Patches as large as the weight (full differences, merged models) stay where they are and are copied
+        when they are used: keeping them on the device would take the memory that packing saved.
         """
-        nbytes = 0
-        patches = []
-        for patch in self.patches:
-            strength, value, *rest = patch
-            if isinstance(value, WeightAdapterBase):
-                weights = []
-                for item in value.weights:
-                    if isinstance(item, torch.Tensor) and item.device != device:
-                        nbytes += item.nbytes
-                        item = item.to(device, non_blocking=True)
-                    weights.append(item)
-                value = type(value)(value.loaded_keys, tuple(weights))  # type: ignore[call-arg]
-            patches.append((strength, value, *rest))
-        return WeightPatches(self.key, patches, self.original_weights), nbytes
+        strength, value, *rest = patch
+        if not isinstance(value, WeightAdapterBase):
+            return patch
+        weights = []
+        for item in value.weights:
+            if isinstance(item, torch.Tensor) and item.device != device:
+                self.nbytes += item.nbytes
+                item = item.to(device, non_blocking=True)
+            weights.append(item)
+        return (strength, type(value)(value.loaded_keys, tuple(weights)), *rest)  # type: ignore[call-arg]
+
+
+def adapter_bytes(patches: list[Any]) -> int:
+    """Bytes of the adapters' tensors in a list of patches: what moving them to a device can take."""
+    return sum(
+        item.nbytes
+        for patch in patches
+        if isinstance(patch[1], WeightAdapterBase)
+        for item in patch[1].weights
+        if isinstance(item, torch.Tensor)
+    )
+
+
+def needs_original(patches: list[Any]) -> bool:
+    """Whether a patch is a difference to the original weight that is only taken when it is applied."""
+    return any(isinstance(patch[1], tuple) and patch[1][0] == "model_as_lora" for patch in patches)

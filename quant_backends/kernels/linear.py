@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..formats import Format, Scratch
 from .dequantize import SCRATCH_BYTES, dequantize
+from .traced import traced_dequantize
 
 # Weights in one decoded tile, 8 MiB of float32. Half of it makes K-quants up to a third slower, for their many
 # small operations and the narrow matmuls; twice of it no longer stays in the cache with its intermediates.
@@ -35,6 +36,8 @@ def linear(
     Differentiable with respect to x and bias. Raises SnugError when the bytes do not fit the shape.
     """
     rows, columns = shape
+    if torch.compiler.is_compiling():
+        return F.linear(x, traced_dequantize(data, fmt.name, list(shape), x.dtype), bias)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     whole = rows * columns <= CPU_TILE or columns % fmt.block_size or data.storage_offset() % 8
     if x.device.type != "cpu" or fmt.dtype is not None or whole or needs_grad:

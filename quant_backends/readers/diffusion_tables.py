@@ -60,4 +60,5 @@ QK_NORM = re.compile(r"(.*\.norm\.(?:query|key)_norm)\.(?:scale|weight)$")
 DIRECT_WEIGHTS = re.compile(
     r"motion_encoder\."  # Wan Animate: StyleGAN layers
     r"|.*\.(ff_i|moe)\.gate\.weight$"  # HiDream, Hunyuan3D 2.1: the routers of their experts
+    r"|.*norm\d*\.weight$"  # AuraFlow: one row of norm weights per head
 )

@@ -87,6 +87,15 @@ class ModelTools:
 
         return packed_modules(model)
 
+    @staticmethod
+    def with_lora(patcher: Any, lora: dict[str, torch.Tensor], strength: float = 0.7) -> Any:
+        """A clone with the LoRA applied, as the LoRA loader nodes make it."""
+        import comfy.sd
+
+        patched, _ = comfy.sd.load_lora_for_models(patcher, None, dict(lora), strength, 0)
+        assert len(patched.patches) >= len(lora) // 2
+        return patched
+
     @classmethod
     def make_lora(cls, model: torch.nn.Module, seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
         """A LoRA for every layer with a packed weight, strong enough to see."""

@@ -113,3 +113,48 @@ def test_missing_file(comfy: Any) -> None:
 
     with pytest.raises(SnugError, match=r"'gone\.gguf' was not found in .*press R"):
         find_diffusion_model("gone.gguf")
+
+
+def test_out_of_memory_is_not_blamed_on_the_file(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI frees all models when it sees this error."""
+    import comfy.sd
+
+    def fail(*_: Any, metadata: Any = None, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", fail)
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", fail)
+    for path in (twins("sd3", "Q4_0").gguf, twins("sd3", "Q4_0").dense):
+        with pytest.raises(torch.OutOfMemoryError):
+            load(path)
+
+
+def test_a_name_from_another_node_does_not_reload_the_model(comfy: Any) -> None:
+    """ComfyUI asks with None while it is not known; an exception would count as a change on every run."""
+    from snug.nodes.load_diffusion_model import SnugLoadDiffusionModel
+
+    ask = SnugLoadDiffusionModel.fingerprint_inputs
+    assert ask(model_name=None, compute_dtype="auto") == ask(model_name=None, compute_dtype="auto")
+
+
+def test_a_packed_weight_that_a_model_reads_itself(comfy: Any, tmp_path: Path) -> None:
+    """AuraFlow's norms have a 2-D weight, which converters quantize, outside of ComfyUI's operations."""
+    import gguf
+    from comfy.ldm.aura.mmdit import MultiHeadLayerNorm
+    from snug.quant_backends.readers import load_diffusion_gguf
+
+    path = tmp_path / "aura.gguf"
+    name = "double_layers.0.attn.q_norm1.weight"
+    writer = gguf.GGUFWriter(path, "aura")
+    writer.add_tensor(
+        name,
+        gguf.quantize(torch.ones(12, 256).numpy(), gguf.GGMLQuantizationType.Q8_0),
+        raw_dtype=gguf.GGMLQuantizationType.Q8_0,
+    )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    norm = MultiHeadLayerNorm((12, 256))
+    norm.load_state_dict({"weight": load_diffusion_gguf(path).state_dict[name]})
+    assert torch.allclose(norm.weight, torch.ones(12, 256), atol=0.01)

@@ -14,14 +14,6 @@ import torch
 TOLERANCE = 0.01  # of the change that the LoRA makes
 
 
-def apply(patcher: Any, lora: dict[str, torch.Tensor], strength: float) -> Any:
-    import comfy.sd
-
-    patched, _ = comfy.sd.load_lora_for_models(patcher, None, dict(lora), strength, 0)
-    assert len(patched.patches) == len(lora) // 2
-    return patched
-
-
 def load_whole(patcher: Any) -> None:
     import comfy.model_management
 
@@ -48,7 +40,7 @@ LOADS = [load_whole, load_nothing, load_half, load_whole_then_offload]
 
 
 def change(
-    pair: tuple[Any, Any], loras: list[tuple[Any, float]], load: Callable[[Any], None], run: Any
+    pair: tuple[Any, Any], loras: list[tuple[Any, float]], load: Callable[[Any], None], model: Any
 ) -> Any:
     """Change of the output that the LoRAs make, on the packed and on the dense model."""
     import comfy.model_management
@@ -56,13 +48,13 @@ def change(
     changes = []
     for patcher in pair:
         load(patcher)
-        before = run(patcher)
+        before = model.run(patcher)
         comfy.model_management.unload_all_models()
         patcher.detach()
         for lora, strength in loras:
-            patcher = apply(patcher, lora, strength)
+            patcher = model.with_lora(patcher, lora, strength)
         load(patcher)
-        changes.append(run(patcher) - before)
+        changes.append(model.run(patcher) - before)
         comfy.model_management.unload_all_models()
         patcher.detach()
     return changes
@@ -72,7 +64,7 @@ def change(
 @pytest.mark.parametrize("family", ["sd3", "sd15"])
 def test_one_lora(family: str, load: Callable[[Any], None], request: Any, model: Any) -> None:
     pair = request.getfixturevalue(family)
-    packed, dense = change(pair, [(model.make_lora(pair[0].model, 1), 0.8)], load, model.run)
+    packed, dense = change(pair, [(model.make_lora(pair[0].model, 1), 0.8)], load, model)
     assert dense.abs().max() > 0.05
     assert model.relative_error(packed, dense) < TOLERANCE
 
@@ -80,8 +72,8 @@ def test_one_lora(family: str, load: Callable[[Any], None], request: Any, model:
 @pytest.mark.parametrize("load", LOADS)
 def test_two_loras(sd3: Any, load: Callable[[Any], None], model: Any) -> None:
     loras = [(model.make_lora(sd3[0].model, 1), 0.8), (model.make_lora(sd3[0].model, 2), -0.5)]
-    packed, dense = change(sd3, loras, load, model.run)
-    first_only, _ = change(sd3, loras[:1], load, model.run)
+    packed, dense = change(sd3, loras, load, model)
+    first_only, _ = change(sd3, loras[:1], load, model)
     assert model.relative_error(packed, dense) < TOLERANCE
     assert model.relative_error(first_only, dense) > 0.1, "the second LoRA has no effect of its own"
 
@@ -96,7 +88,7 @@ def test_changed_and_removed_lora(sd3: Any, load: Callable[[Any], None], model: 
     outputs = {}
     for strength in (1.0, 0.5):
         for patcher in (packed, dense):
-            patched = apply(patcher, lora, strength)
+            patched = model.with_lora(patcher, lora, strength)
             load_whole(patched)
             outputs[patcher is packed, strength] = model.run(patched)
     load_whole(dense)
@@ -116,7 +108,7 @@ def test_weak_lora_survives_bfloat16(sd3: Any, model: Any) -> None:
     before = {
         name: module.dense_weight(dtype=torch.float32) for name, module in model.packed_modules(packed.model)
     }
-    load_whole(apply(packed, lora, 1.0))
+    load_whole(model.with_lora(packed, lora, 1.0))
     arrived = after_rounding = expected = 0.0
     for name, module in model.packed_modules(packed.model):
         wanted = module.dense_weight(dtype=torch.float32) - before[name]
@@ -142,3 +134,42 @@ def test_bypass_lora(sd3: Any, model: Any) -> None:
         changes.append(model.run(patched, load=True) - before)
     assert changes[1].abs().max() > 0.05
     assert model.relative_error(*changes) < TOLERANCE
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_weight_wrappers_with_lora(in_place: bool, sd3: Any, model: Any) -> None:
+    """Functions that other nodes put around weights act on the patched weight, in place or not."""
+    lora = model.make_lora(sd3[0].model, 1)
+    names = [name for name, _ in model.packed_modules(sd3[0].model)]
+
+    def wrapper(weight: torch.Tensor) -> torch.Tensor:
+        return weight.mul_(1.5) if in_place else weight * 1.5
+
+    changes = []
+    for patcher in sd3:
+        plain = model.run(patcher, load=True)
+        patched = model.with_lora(patcher, lora)
+        for name in names:
+            patched.add_weight_wrapper(f"{name}.weight", wrapper)
+        changes.append(model.run(patched, load=True) - plain)
+    assert model.relative_error(*changes) < TOLERANCE
+
+
+def test_factors_on_the_device_are_counted_once(
+    sd3: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta device stands for a GPU."""
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 8 << 30)
+    lora = model.make_lora(sd3[0].model, 1)
+    patcher = model.with_lora(sd3[0], lora)
+    patcher.load_device = torch.device("meta")
+    budget = patcher.model_size() // 2
+    patcher.patch_model(patcher.load_device, lowvram_model_memory=budget)
+    loaded = patcher.loaded_size()
+    factors = sum(m.weight_patches.nbytes for _, m in model.packed_modules(patcher.model))
+    assert 0 < factors < sum(value.nbytes for value in lora.values())
+    for _ in range(3):
+        patcher.partially_unload(torch.device("cpu"), -1)
+        assert patcher.loaded_size() == loaded

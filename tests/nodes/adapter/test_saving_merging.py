@@ -10,12 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 
-def with_lora(patcher: Any, lora: dict[str, torch.Tensor], strength: float = 0.7) -> Any:
-    import comfy.sd
-
-    return comfy.sd.load_lora_for_models(patcher, None, dict(lora), strength, 0)[0]
-
-
 def save(patcher: Any, path: Path) -> dict[str, torch.Tensor]:
     """What ComfyUI's ModelSave node writes."""
     import comfy.sd
@@ -36,13 +30,25 @@ def test_model_save_writes_the_dense_weights(family: str, request: Any, tmp_path
 def test_model_save_merges_the_lora(sd3: Any, tmp_path: Path, model: Any) -> None:
     lora = model.make_lora(sd3[0].model, 1)
     plain = save(sd3[0], tmp_path / "plain.safetensors")
-    packed = save(with_lora(sd3[0], lora), tmp_path / "packed.safetensors")
-    dense = save(with_lora(sd3[1], lora), tmp_path / "dense.safetensors")
+    packed = save(model.with_lora(sd3[0], lora), tmp_path / "packed.safetensors")
+    dense = save(model.with_lora(sd3[1], lora), tmp_path / "dense.safetensors")
     changed = 0
     for name, value in dense.items():
         assert torch.allclose(packed[name], value, rtol=1e-4, atol=1e-5), name
         changed += not torch.equal(packed[name], plain[name])
     assert changed == len(lora) // 2
+
+
+@pytest.mark.parametrize("budget", [0.0001, 0.5])
+def test_saving_a_partly_loaded_model(budget: float, sd3: Any, model: Any) -> None:
+    patcher = model.with_lora(sd3[0], model.make_lora(sd3[0].model, 1))
+    patcher.patch_model(patcher.load_device, lowvram_model_memory=max(1, int(patcher.model_size() * budget)))
+    modules = dict(model.packed_modules(patcher.model.diffusion_model))
+    # Newer ComfyUI saves through the patcher, older through the model.
+    saved = getattr(patcher, "state_dict_for_saving", patcher.model.state_dict_for_saving)()
+    values = {name.removeprefix("model.diffusion_model."): value for name, value in saved.items()}
+    for name, module in modules.items():
+        assert torch.equal(values[f"{name}.weight"].to("cpu"), module.dense_weight())
 
 
 def test_saved_file_loads_and_predicts_the_same(sd3: Any, tmp_path: Path, model: Any) -> None:
@@ -79,7 +85,7 @@ def test_weight_hooks(mode: str, sd3: Any, model: Any) -> None:
     lora = model.make_lora(sd3[0].model, 6)
     changes = []
     for patcher in sd3:
-        patcher = with_lora(patcher, model.make_lora(sd3[0].model, 7), 0.4)
+        patcher = model.with_lora(patcher, model.make_lora(sd3[0].model, 7), 0.4)
         patcher.set_hook_mode(comfy.hooks.EnumHookMode[mode])
         hooks = comfy.hooks.create_hook_lora(dict(lora), 0.7, 0.0)
         patcher.register_all_hook_patches(

@@ -1,0 +1,124 @@
+"""Dynamic VRAM: ComfyUI's real ModelPatcherDynamic, with the meta device in place of a GPU.
+
+Paging itself needs the NVIDIA driver and is stubbed; what is tested is what the patcher attaches, counts, lets go
+of and saves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+class FakeHostBuffer:
+    """Stands for pinned memory, which needs a GPU."""
+
+    size = 0
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+
+class FakeVBAR:
+    """Stands for pages of GPU memory; only hands out addresses."""
+
+    def __init__(self, *_: Any) -> None:
+        self.size = 0
+
+    def alloc(self, size: int) -> tuple[Any, int, int]:
+        self.size += size
+        return self, self.size - size, size
+
+    def prioritize(self) -> None:
+        pass
+
+    def free_memory(self, _: int) -> int:
+        return 0
+
+    def loaded_size(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def dynamic(sd3: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A packed model with a LoRA, loaded by core's ModelPatcherDynamic."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    if not hasattr(comfy.model_patcher, "ModelPatcherDynamic"):
+        pytest.skip("this ComfyUI has no dynamic VRAM")
+    import comfy_aimdo.host_buffer
+    import comfy_aimdo.model_vbar
+    from snug.nodes.adapter.patcher import adopt
+
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", FakeHostBuffer)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", FakeVBAR)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 8 << 30)
+    patcher = adopt(
+        comfy.model_patcher.ModelPatcherDynamic(sd3[0].model, torch.device("meta"), torch.device("cpu"))
+    )
+    patcher.cached_patcher_init = sd3[0].cached_patcher_init
+    patched = model.with_lora(patcher, model.make_lora(patcher.model, 1))
+    patched.partially_load(patched.load_device)
+    return patched
+
+
+def test_core_never_merges_the_lora(dynamic: Any, model: Any) -> None:
+    """Core would quantize the merged weight again; the layers hold the patches instead, on the device."""
+    for _, module in model.packed_modules(dynamic.model):
+        assert getattr(module, "weight_lowvram_function", None) is None
+        assert module.weight_patches.device == dynamic.load_device
+
+
+def test_too_large_a_lora_stays_on_the_cpu(dynamic: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 0)
+    again = model.with_lora(dynamic, model.make_lora(dynamic.model, 2))
+    again.partially_load(again.load_device)
+    assert {module.weight_patches.device for _, module in model.packed_modules(again.model)} == {None}
+
+
+def test_unload_lets_go_of_the_lora(dynamic: Any, model: Any) -> None:
+    dynamic.detach()
+    assert not [name for name, m in model.packed_modules(dynamic.model) if m.weight_patches is not None]
+    assert dynamic.model.model_loaded_weight_memory == 0
+
+
+def test_clone_without_dynamic_vram_keeps_snugs_patcher(dynamic: Any, model: Any) -> None:
+    clone = dynamic.clone(disable_dynamic=True)
+    assert not clone.is_dynamic()
+    assert type(clone).__name__ == "SnugModelPatcher"
+    assert len(list(model.packed_modules(clone.model))) == len(list(model.packed_modules(dynamic.model)))
+
+
+def test_saving_is_dense_and_merged(dynamic: Any, model: Any, tmp_path: Path) -> None:
+    import comfy.utils
+
+    # What the layers hold is "on the device"; values are needed here.
+    for _, module in model.packed_modules(dynamic.model):
+        module.weight_patches = None
+    state_dict = {
+        name: value
+        for name, value in dynamic.state_dict_for_saving().items()
+        if type(value).__name__ == "PackedStateTensor"
+    }
+    assert len(state_dict) == len(list(model.packed_modules(dynamic.model)))
+    comfy.utils.save_torch_file(state_dict, str(tmp_path / "saved.safetensors"))
+    saved = load_file(tmp_path / "saved.safetensors")
+    for name, module in model.packed_modules(dynamic.model):
+        assert torch.equal(saved[f"model.{name}.weight"], module.dense_weight())
+
+
+def test_assigned_state_dict(twins: Any, model: Any) -> None:
+    """With dynamic VRAM, core loads with assign=True: tensors stay views of the file, biases take the model's dtype."""
+    packed, dense = twins("sd3", "Q4_0").load()
+    wanted = model.run(dense, load=True)
+    network = packed.model.diffusion_model
+    values = network.state_dict()
+    network.load_state_dict(values, assign=True)
+    assert torch.allclose(model.run(packed, load=True), wanted, rtol=1e-5, atol=1e-5)
