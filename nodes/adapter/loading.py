@@ -15,6 +15,7 @@ from ...quant_backends.core.errors import FileFormatError
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.readers import LoadedTensors, load_diffusion_gguf
 from .compat import flux_qk_norm, supported_arguments
+from .core_errors import is_about_the_file, summary
 from .layout import pack
 from .operations import build_operations
 from .packed_module import LoadSettings, set_compute_dtype
@@ -27,9 +28,6 @@ COMPUTE_DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "b
 # Packed weights show this dtype while ComfyUI chooses the model's: bfloat16 lets it take the one that the
 # architecture prefers on this device (float16 would be taken as the file's own wish).
 UNDECIDED_DTYPE = torch.bfloat16
-
-# RuntimeErrors that are about the file: ComfyUI's detection and torch's report of misshapen tensors.
-_REFUSALS = ("Could not detect model type", "loading state_dict")
 
 
 def load_diffusion_model(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False) -> Any:
@@ -57,11 +55,11 @@ def _load_with_core(path: str, disable_dynamic: bool) -> Any:
     try:
         return comfy.sd.load_diffusion_model(path, **options)
     except (RuntimeError, ValueError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _REFUSALS):
+        if isinstance(error, RuntimeError) and not is_about_the_file(error):
             raise  # out of memory, above all, which ComfyUI handles itself
         raise FileFormatError(
             path,
-            f"ComfyUI cannot load this file as a diffusion model ({_summary(error)})",
+            f"ComfyUI cannot load this file as a diffusion model ({summary(error)})",
             "check that it is one, and complete; text encoders, VAEs, LoRAs and checkpoints have loaders of their own",
         ) from error
 
@@ -87,9 +85,9 @@ def _load_gguf(path: str, disable_dynamic: bool) -> Any:
             state_dict, model_options={"custom_operations": build_operations(settings)}, **options
         )
     except RuntimeError as error:
-        if not any(text in str(error) for text in _REFUSALS):
+        if not is_about_the_file(error):
             raise
-        raise _unsupported(path, tensors, f"its tensors do not fit the model ({_summary(error)})") from error
+        raise _unsupported(path, tensors, f"its tensors do not fit the model ({summary(error)})") from error
     except (
         AttributeError
     ) as error:  # core's conversion of diffusers' names calculates on the weights in place
@@ -116,14 +114,6 @@ def _model_config(tensors: LoadedTensors) -> dict[str, str] | None:
 def _format_summary(tensors: LoadedTensors) -> str:
     counts = ", ".join(f"{count} x {name}" for name, count in sorted(tensors.format_counts.items()))
     return f"architecture {tensors.architecture or 'not named'}, tensors: {counts}"
-
-
-def _summary(error: Exception) -> str:
-    """torch lists every tensor that does not fit on a line of its own; the first few are enough."""
-    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
-    lines = lines[1:] or lines
-    more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return "; ".join(lines[:3]) + more
 
 
 def _unsupported(path: str, tensors: LoadedTensors, problem: str) -> FileFormatError:

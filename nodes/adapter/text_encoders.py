@@ -24,6 +24,7 @@ from ...quant_backends.readers import TextEncoderGGUF, open_text_encoder_gguf
 from ...quant_backends.readers.text_encoder_tables import DIRECT_TENSORS
 from ...quant_backends.readers.tokenizers import needed_tokenizer, tokenizer_tensor
 from .compat import supported_arguments
+from .core_errors import is_about_the_file, summary
 from .layout import pack
 from .mmproj import choose_mmproj, guard_missing_vision
 from .operations import build_operations
@@ -202,10 +203,11 @@ def _build(
             model_options=model_options,
             **supported_arguments(load, disable_dynamic=disable_dynamic),
         )
-    except RuntimeError as error:  # torch's report of misshapen tensors
-        lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    except RuntimeError as error:
+        if not is_about_the_file(error):
+            raise
         names = " and ".join(Path(path).name for path in paths)
         raise SnugError(
             f"The text encoder {names} does not fit the model that ComfyUI builds for it "
-            f"({'; '.join((lines[1:] or lines)[:3])}); update ComfyUI or choose another file."
+            f"({summary(error)}); update ComfyUI or choose another file."
         ) from error

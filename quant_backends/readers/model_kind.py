@@ -32,13 +32,13 @@ def refuse_other_kinds(path: Path, names: Collection[str], metadata: Metadata) -
         _refuse(
             path,
             f"the vision part (mmproj) of a text encoder{known_as}",
-            "put it into models/text_encoders beside its text encoder and load both with a text-encoder loader",
+            "put it into models/text_encoders beside its text encoder and load both with Load Text Encoders (Snug)",
         )
     if any(TEXT_ENCODER.match(name) for name in names):
         _refuse(
             path,
             f"a text encoder{known_as}",
-            "put it into models/text_encoders and load it with a text-encoder loader",
+            "put it into models/text_encoders and load it with Load Text Encoders (Snug)",
         )
     if any(VAE_DECODER.match(name) for name in names) and all(VAE.match(name) for name in names):
         _refuse(path, f"a VAE{known_as}", "put it into models/vae and load it with a VAE loader")

@@ -212,7 +212,7 @@ TEXT_ENCODERS = [
 ]
 OTHER_KINDS = [
     *(
-        (names, {}, r"a text encoder \(llama\), .*models/text_encoders.*text-encoder loader")
+        (names, {}, r"a text encoder \(llama\), .*models/text_encoders.*Load Text Encoders")
         for names in TEXT_ENCODERS
     ),
     (["v.blk.0.attn_q.weight", "mm.0.weight"], {}, r"vision part \(mmproj\).*models/text_encoders beside"),
