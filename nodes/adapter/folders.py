@@ -21,13 +21,13 @@ class _Library:
 
     def files(self) -> list[str]:
         names: set[str] = set()
-        for key, extension in self._extensions().items():
-            names.update(n for n in folder_paths.get_filename_list(key) if n.lower().endswith(extension))
+        for key, extensions in self._extensions().items():
+            names.update(n for n in folder_paths.get_filename_list(key) if n.lower().endswith(extensions))
         return sorted(names)
 
     def find(self, name: str) -> str:
-        for key, extension in self._extensions().items():
-            path = folder_paths.get_full_path(key, name) if name.lower().endswith(extension) else None
+        for key, extensions in self._extensions().items():
+            path = folder_paths.get_full_path(key, name) if name.lower().endswith(extensions) else None
             if path is not None:
                 return path
         folders = ", ".join(folder_paths.get_folder_paths(self.key))
@@ -36,8 +36,8 @@ class _Library:
             f"to refresh the list and choose another one."
         )
 
-    def _extensions(self) -> dict[str, str]:
-        return {self.key: ".safetensors", self.gguf_key: ".gguf"}
+    def _extensions(self) -> dict[str, tuple[str, ...]]:
+        return {self.key: (".safetensors", ".sft"), self.gguf_key: (".gguf",)}
 
 
 DIFFUSION_MODELS = _Library("diffusion model", "diffusion_models", "unet_gguf")

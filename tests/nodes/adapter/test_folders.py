@@ -15,14 +15,14 @@ def folders(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     import folder_paths
 
     known = dict(folder_paths.folder_names_and_paths)
-    known["diffusion_models"] = ([str(tmp_path)], {".safetensors", ".ckpt"})
+    known["diffusion_models"] = ([str(tmp_path)], {".safetensors", ".sft", ".ckpt"})
     known["text_encoders"] = ([str(tmp_path / "sub")], {".safetensors"})
     known.pop("unet_gguf", None)
     known.pop("clip_gguf", None)
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     (tmp_path / "sub").mkdir()
-    for name in ("b.gguf", "a.safetensors", "old.ckpt", "sub/c.GGUF"):
+    for name in ("b.gguf", "a.safetensors", "d.sft", "old.ckpt", "sub/c.GGUF"):
         (tmp_path / name).touch()
     yield folder_paths
 
@@ -32,7 +32,7 @@ def test_lists_both_kinds(folders: Any) -> None:
 
     register()
     listed = diffusion_model_files()
-    assert [name.replace("\\", "/") for name in listed] == ["a.safetensors", "b.gguf", "sub/c.GGUF"]
+    assert [name.replace("\\", "/") for name in listed] == ["a.safetensors", "b.gguf", "d.sft", "sub/c.GGUF"]
     for name in listed:
         assert Path(find_diffusion_model(name)).is_file()
 
