@@ -105,18 +105,13 @@ class TextEncoderGGUF:
         return heads if match[1] == "q" else self.metadata.integer(f"{key}_kv", heads)
 
     def _unpermuted(self, info: TensorInfo, data: torch.Tensor, heads: int) -> torch.Tensor:
-        """The same bytes with the rows in the original order.
-
-        llama.cpp (LlamaModel.permute) stores row j of half i of each head at 2 j + i. Blocks never cross rows,
-        so whole rows move as they are.
-        """
+        """The same bytes with the rows in the original order. Blocks never cross rows, so whole rows move."""
         rows = info.shape[0] if info.shape else 0
         if heads < 1 or rows < 1 or rows % (2 * heads):
             raise self._faulty(
                 f"tensor {shown(info.name)} has {rows} rows, no even number for each of the {heads} heads"
             )
-        order = torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
-        return data.view(rows, -1).index_select(0, order).view(-1)
+        return data.view(rows, -1).index_select(0, original_row_order(rows, heads)).view(-1)
 
     def _faulty(self, problem: str) -> FileFormatError:
         return FileFormatError(self.path, problem, FAULTY)
@@ -168,6 +163,14 @@ def mapped_name(name: str, names: NameMap, overrides: Mapping[str, str] | None =
         part = (overrides or {}).get(block[2]) or names.parts.get(block[2])
         new = part and names.block_prefix.format(block[1]) + part
     return f"{new}.{match[2]}" if new else name
+
+
+def original_row_order(rows: int, heads: int) -> torch.Tensor:
+    """Where the original rows of a query or key projection are in llama.cpp's files; int64, [rows].
+
+    llama.cpp (LlamaModel.permute) stores row j of half i of each head at 2 j + i. rows: a multiple of 2 heads.
+    """
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
 
 
 def as_stored(name: str, info: TensorInfo, data: torch.Tensor) -> PackedTensor | torch.Tensor:
