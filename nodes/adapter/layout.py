@@ -1,14 +1,15 @@
-"""The packed weight as ComfyUI sees it: comfy-kitchen's `QuantizedTensor` in the layout "snug.GGML".
+"""The packed weight as ComfyUI sees it: comfy-kitchen's `QuantizedTensor` in the layout "snug.Packed".
 
-`_qdata` holds the block bytes exactly as in the file (uint8, 1-D); the format's name, the logical shape and
-the dtype to decode to are plain fields of Params. ggml blocks carry their scales inside, so there are no
-further tensors: one contiguous buffer moves, pins and pages as it is.
+`_qdata` holds the codes exactly as in the file. Params holds the rest as plain fields: the format's name, the
+logical shape, the dtype to decode to, and what lies beside the codes (scales and the like). ggml blocks carry
+their scales inside, so there `_qdata` is the whole weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeGuard
 
 import torch
@@ -18,44 +19,76 @@ from comfy_kitchen.tensor.base import BaseLayoutParams
 from ...quant_backends.core.errors import SnugError
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.formats import FORMATS
-from ...quant_backends.kernels.dequantize import dequantize, quantize
+from ...quant_backends.formats.scaled import format_called
+from ...quant_backends.kernels.dequantize import dequantize_packed, quantize
 from ...quant_backends.kernels.linear import linear
 from ...quant_backends.kernels.traced import traced_dequantize
 
-LAYOUT_NAME = "snug.GGML"
+LAYOUT_NAME = "snug.Packed"
 
 
-class GGMLLayout(QuantizedLayout):
-    """Layout of every ggml block format; which one is `Params.format`."""
+class PackedLayout(QuantizedLayout):
+    """Layout of every format that Snug reads; which one is `Params.format`."""
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
-        """scale is None: ggml blocks hold their own scales. format: a name in the core's FORMATS."""
+        """format: a name for `format_called`. The tensors, None where the format has no such part, are the
+        parts of a PackedTensor by their names (`scale` is the base's field).
+        """
 
+        scale: torch.Tensor | None
         format: str
+        zero: torch.Tensor | None = None
+        shift: torch.Tensor | None = None
+        absmax: torch.Tensor | None = None
+        quant_map: torch.Tensor | None = None
+        nested_absmax: torch.Tensor | None = None
+        nested_quant_map: torch.Tensor | None = None
+        nested_offset: torch.Tensor | None = None
+
+        @cached_property
+        def parts(self) -> dict[str, torch.Tensor]:
+            found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+            return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
         def _tensor_fields(self) -> list[str]:
-            return []
+            return list(self.parts)
+
+        def clone(self) -> PackedLayout.Params:
+            """Shares the tensors: comfy-kitchen clones for every `detach()`, so that making a weight a parameter
+            would copy its scales out of the mapped file. Nothing writes to them but `copy_from`.
+            """
+            twin = dataclasses.replace(self)
+            twin.__dict__["_shares"] = True
+            return twin
+
+        def copy_from(self, src: BaseLayoutParams, non_blocking: bool = False) -> None:
+            if self.__dict__.pop("_shares", False):  # what another weight uses must not be overwritten
+                for name, part in self.parts.items():
+                    object.__setattr__(self, name, torch.empty_like(part))
+                self.__dict__.pop("parts")
+            super().copy_from(src, non_blocking)
 
     @classmethod
     def quantize(
         cls, tensor: torch.Tensor, *, format: str, **_core_options: Any
-    ) -> tuple[torch.Tensor, GGMLLayout.Params]:
-        """Encodes `tensor` in `format`. Core's options (scale, stochastic rounding) have no meaning for ggml.
+    ) -> tuple[torch.Tensor, PackedLayout.Params]:
+        """Encodes `tensor` in a ggml format. Core's options (scale, stochastic rounding) have no meaning there.
 
         Snug's own patcher never needs it. Raises SnugError for formats that cannot be written.
         """
-        if not FORMATS[format].can_quantize:
+        fmt = FORMATS.get(format)
+        if fmt is None or not fmt.can_quantize:
             raise SnugError(
                 f"A LoRA cannot be merged into a {format} weight; another node has replaced Snug's handling of "
                 f"this model: connect the LoRA without that node, or choose a Q8_0 or Q4_0 file."
             )
-        params = cls.Params(None, tensor.dtype, tuple(tensor.shape), format)  # type: ignore[arg-type]
-        return quantize(tensor, FORMATS[format]).view(-1), params
+        params = cls.Params(None, tensor.dtype, tuple(tensor.shape), format)
+        return quantize(tensor, fmt).view(-1), params
 
     @classmethod
-    def dequantize(cls, qdata: torch.Tensor, params: GGMLLayout.Params) -> torch.Tensor:
-        return dequantize(qdata, FORMATS[params.format], params.orig_shape, params.orig_dtype)
+    def dequantize(cls, qdata: torch.Tensor, params: PackedLayout.Params) -> torch.Tensor:
+        return dequantize_packed(_packed(qdata, params), params.orig_dtype)
 
     @classmethod
     def requantize_kwargs(cls, qtensor: QuantizedTensor) -> dict[str, Any]:
@@ -63,22 +96,39 @@ class GGMLLayout(QuantizedLayout):
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
-        return (qtensor._qdata,)
+        return (qtensor._qdata, *qtensor.params.parts.values())
 
     @classmethod
-    def state_dict_tensors(cls, qdata: torch.Tensor, params: GGMLLayout.Params) -> dict[str, torch.Tensor]:
-        return {"": qdata}
+    def state_dict_tensors(cls, qdata: torch.Tensor, params: PackedLayout.Params) -> dict[str, torch.Tensor]:
+        return {"": qdata, **{f".{name}": part for name, part in params.parts.items()}}
+
+
+def _packed(qdata: torch.Tensor, params: PackedLayout.Params) -> PackedTensor:
+    return PackedTensor(qdata, format_called(params.format), tuple(params.orig_shape), params.parts)
 
 
 def pack(weight: PackedTensor, dtype: torch.dtype) -> QuantizedTensor:
     """The core's packed tensor as a comfy-kitchen tensor of its logical shape and `dtype`; no bytes move."""
-    params = GGMLLayout.Params(None, dtype, weight.shape, weight.format.name)  # type: ignore[arg-type]
+    parts = {"scale": None, **weight.parts}
+    params = PackedLayout.Params(
+        orig_dtype=dtype, orig_shape=weight.shape, format=weight.format.name, **parts
+    )
     return QuantizedTensor(weight.data, LAYOUT_NAME, params)
+
+
+def packed_tensor(weight: QuantizedTensor) -> PackedTensor:
+    """The core's view of a packed weight, wherever its bytes are now."""
+    return _packed(weight._qdata, weight.params)
 
 
 def is_packed(tensor: object) -> TypeGuard[QuantizedTensor]:
     """Whether `tensor` is a weight in Snug's layout."""
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT_NAME
+
+
+def stored_nbytes(weight: QuantizedTensor) -> int:
+    """Bytes of a packed weight, scales included (comfy-kitchen's `nbytes` counts the codes alone)."""
+    return sum(tensor.nbytes for tensor in PackedLayout.get_plain_tensors(weight))
 
 
 def with_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
@@ -90,25 +140,24 @@ def with_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
 
 def unpack(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight decoded to a plain tensor of `dtype`, rounded once."""
-    params = weight.params
     if torch.compiler.is_compiling():
-        return traced_dequantize(weight._qdata, params.format, list(params.orig_shape), dtype)
-    return dequantize(weight._qdata, FORMATS[params.format], params.orig_shape, dtype)
+        return traced_dequantize(packed_tensor(weight), dtype)
+    return dequantize_packed(packed_tensor(weight), dtype)
 
 
-def unpack_first_block(weight: QuantizedTensor, device: torch.device) -> None:
-    """Decodes one block of the weight on `device` and forgets it: puts the format's tables there."""
-    fmt = FORMATS[weight.params.format]
-    dequantize(weight._qdata[: fmt.block_bytes].to(device), fmt, (fmt.block_size,), weight.dtype)
+def warm_up(weight: QuantizedTensor, device: torch.device) -> None:
+    """Decodes one block of the weight's format on `device`: puts the format's lookup tables there."""
+    fmt = format_called(weight.params.format)
+    if isinstance(fmt, type):
+        fmt.dequantize_blocks(torch.zeros((1, fmt.block_bytes), dtype=torch.uint8, device=device))
 
 
 def packed_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x @ weight.T + bias, calculated in x's dtype; x [..., in], weight [out, in], bias [out] or None."""
-    params = weight.params
-    return linear(x, weight._qdata, FORMATS[params.format], params.orig_shape, bias)
+    return linear(x, packed_tensor(weight), bias)
 
 
-@register_layout_op(torch.ops.aten.linear.default, GGMLLayout)
+@register_layout_op(torch.ops.aten.linear.default, PackedLayout)
 def _linear(_first: object, args: Any, kwargs: Any) -> torch.Tensor:
     """Code that calls F.linear with the weight itself gets the same kernel as Snug's own Linear."""
     x, weight, bias, *_ = (*args, kwargs.get("bias"))
@@ -118,4 +167,4 @@ def _linear(_first: object, args: Any, kwargs: Any) -> torch.Tensor:
     return packed_linear(x, weight, bias)
 
 
-register_layout_class(LAYOUT_NAME, GGMLLayout)
+register_layout_class(LAYOUT_NAME, PackedLayout)

@@ -10,11 +10,9 @@ from typing import Any
 import comfy.ops
 import torch
 import torch.nn.functional as F
-from comfy_kitchen.tensor import QuantizedTensor
 
-from ...quant_backends.formats import FORMATS
-from ...quant_backends.kernels.dequantize import dequantize
-from .layout import is_packed, packed_linear, unpack
+from ...quant_backends.kernels.embedding import embedding
+from .layout import is_packed, packed_linear, packed_tensor, unpack
 from .packed_module import LoadSettings, PackedWeightModule
 
 
@@ -117,10 +115,7 @@ class PackedConv(PackedWeightModule):
 
 
 class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):
-    """Embedding table; of a packed one only the rows that are looked up are moved and decoded.
-
-    The vocabularies of text encoders take gigabytes when decoded whole.
-    """
+    """Embedding table; of a packed one only the rows that are looked up are moved and decoded."""
 
     def forward_comfy_cast_weights(
         self, input: torch.Tensor, out_dtype: torch.dtype | None = None
@@ -128,9 +123,10 @@ class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):
         if not is_packed(self.weight):
             return super().forward_comfy_cast_weights(input, out_dtype=out_dtype)
         dtype = self.weight.dtype if out_dtype is None else out_dtype
-        whole_blocks = self.embedding_dim % FORMATS[self.weight.params.format].block_size == 0
-        if whole_blocks and not (self.patched() or self.weight_function or self.max_norm):
-            return packed_embedding(input, self.weight, dtype)
+        if not (self.patched() or self.weight_function or self.max_norm):
+            rows = embedding(input, packed_tensor(self.weight), dtype)
+            if rows is not None:
+                return rows
         with self.cast_weight(None, device=input.device, dtype=dtype) as (weight, _):
             return F.embedding(
                 input,
@@ -141,18 +137,6 @@ class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):
                 self.scale_grad_by_freq,
                 self.sparse,
             )
-
-
-def packed_embedding(ids: torch.Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
-    """weight[ids] in `dtype` on ids' device: ids [...] integer, weight [rows, width] anywhere; [..., width].
-
-    The rows are gathered where the table lies, still packed, so an offloaded table stays where it is.
-    """
-    rows, width = weight.shape
-    table = weight._qdata.view(rows, -1)
-    found = table.index_select(0, ids.reshape(-1).to(table.device)).to(ids.device)
-    fmt = FORMATS[weight.params.format]
-    return dequantize(found.view(-1), fmt, (found.shape[0], width), dtype).view(*ids.shape, width)
 
 
 class DenseOnLoad(torch.nn.Module):

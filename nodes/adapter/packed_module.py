@@ -12,7 +12,7 @@ import comfy.ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from .layout import is_packed, unpack, with_dtype
+from .layout import is_packed, stored_nbytes, unpack, with_dtype
 from .patches import WeightPatches
 from .state_tensor import PackedStateTensor
 
@@ -110,7 +110,7 @@ class PackedWeightModule(torch.nn.Module):
             )
             return
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
-        self.settings.on_weight(weight.nbytes)
+        self.settings.on_weight(stored_nbytes(weight))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """rest, as torch passes it: local metadata, strict, missing keys, unexpected keys, error messages."""

@@ -17,7 +17,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .compat import is_dynamic, is_low_vram_patch
-from .layout import is_packed, unpack_first_block
+from .layout import is_packed, warm_up
 from .packed_module import PackedWeightModule, packed_modules
 from .patches import WeightPatches, adapter_bytes, needs_original
 from .state_tensor import PackedStateTensor
@@ -107,7 +107,7 @@ class PackedPatcher(_Base):
         """
         weights = {module.weight.params.format: module.weight for _, module in packed_modules(self.model)}
         for weight in weights.values():
-            unpack_first_block(weight, self.load_device)
+            warm_up(weight, self.load_device)
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         freed = super().partially_unload(*args, **kwargs)
@@ -188,7 +188,7 @@ class PackedPatcher(_Base):
         weight = comfy.utils.get_attr(self.model, key)
         if not is_packed(weight):
             super().pin_weight_to_device(key)
-        elif comfy.model_management.pin_memory(_buffer(weight)):
+        elif comfy.model_management.pin_memory(_codes(weight)):
             self.pinned.add(key)
 
     def unpin_weight(self, key: str) -> None:
@@ -196,7 +196,7 @@ class PackedPatcher(_Base):
         if not is_packed(weight):
             super().unpin_weight(key)
         elif key in self.pinned:
-            comfy.model_management.unpin_memory(_buffer(weight))
+            comfy.model_management.unpin_memory(_codes(weight))
             self.pinned.remove(key)
 
     def model_state_dict_for_saving(
@@ -213,8 +213,11 @@ class PackedPatcher(_Base):
 _FACTOR_BYTES = "snug_factor_bytes"
 
 
-def _buffer(weight: QuantizedTensor) -> torch.nn.Parameter:
-    """The packed bytes as core's pinning accepts them; ComfyUI 0.3.75 would pin the dense size otherwise."""
+def _codes(weight: QuantizedTensor) -> torch.nn.Parameter:
+    """The packed bytes as core's pinning accepts them; ComfyUI 0.3.75 would pin the dense size otherwise.
+
+    Scales beside them are small and often share a page, which can be pinned only once.
+    """
     return torch.nn.Parameter(weight._qdata, requires_grad=False)
 
 

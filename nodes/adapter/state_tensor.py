@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .compat import sizes_are_read_from_nbytes
+from .layout import stored_nbytes
 
 if TYPE_CHECKING:
     from .packed_module import PackedWeightModule
@@ -43,7 +44,7 @@ class PackedStateTensor(torch.nn.Parameter):
 
     @property
     def nbytes(self) -> int:
-        return self.module.weight.nbytes
+        return stored_nbytes(self.module.weight)
 
     def nelement(self) -> int:
         """ComfyUI 0.3.75 multiplies this by element_size() to get bytes; it is made to get the packed ones."""

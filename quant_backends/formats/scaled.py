@@ -5,12 +5,20 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ..core.errors import SnugError
+from .base import FORMATS, Format
 from .bitsandbytes_4bit import BitsAndBytes4Bit
 from .quanto_groups import QuantoGroups
 from .scaled_base import ScaledFormat
 from .scaled_elements import ScaledElements
 
-__all__ = ["BitsAndBytes4Bit", "QuantoGroups", "ScaledElements", "ScaledFormat", "scaled_format"]
+__all__ = [
+    "BitsAndBytes4Bit",
+    "QuantoGroups",
+    "ScaledElements",
+    "ScaledFormat",
+    "format_called",
+    "scaled_format",
+]
 
 
 @lru_cache(maxsize=256)
@@ -21,3 +29,8 @@ def scaled_format(name: str) -> ScaledFormat:
         if found is not None:
             return found
     raise SnugError(f"There is no scaled format called {name!r}; the file may need a newer version of Snug.")
+
+
+def format_called(name: str) -> type[Format] | ScaledFormat:
+    """The format called `name`, of either kind; SnugError when there is none."""
+    return FORMATS.get(name) or scaled_format(name)

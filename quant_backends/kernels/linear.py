@@ -7,13 +7,15 @@ that stay in the cache and each tile is multiplied at once: the dense weight nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
-from .dequantize import SCRATCH_BYTES, dequantize
+from ..formats.scaled_base import ScaledFormat
+from .dequantize import SCRATCH_BYTES, dequantize_packed
 from .traced import traced_dequantize
 
 # Weights in one decoded tile, 8 MiB of float32. Half of it makes K-quants up to a third slower, for their many
@@ -22,37 +24,54 @@ CPU_TILE = 1 << 21
 # Tiles begin at multiples of this many rows, hence of 8 bytes: decoding reads 64-bit words.
 TILE_ROWS = 8
 
+# (first row, row behind the last, float32 tile to decode them into, scratch memory)
+DecodeRows = Callable[[int, int, torch.Tensor, Scratch], None]
 
-def linear(
-    x: torch.Tensor,
-    data: torch.Tensor,
-    fmt: type[Format],
-    shape: Sequence[int],
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+
+def linear(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., in] times the packed weight [out, in], plus bias [out]; result [..., out] in x's dtype.
 
-    data: uint8, contiguous, the bytes of a weight of `shape` = (out, in) on x's device; decoded to x's dtype.
-    Differentiable with respect to x and bias. Raises SnugError when the bytes do not fit the shape.
+    weight: on x's device; decoded to x's dtype. Differentiable with respect to x and bias.
     """
-    rows, columns = shape
     if torch.compiler.is_compiling():
-        return F.linear(x, traced_dequantize(data, fmt.name, list(shape), x.dtype), bias)
+        return F.linear(x, traced_dequantize(weight, x.dtype), bias)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-    whole = rows * columns <= CPU_TILE or columns % fmt.block_size or data.storage_offset() % 8
-    if x.device.type != "cpu" or fmt.dtype is not None or whole or needs_grad:
-        return F.linear(x, dequantize(data, fmt, shape, x.dtype), bias)
-    fmt.check_nbytes(data.numel(), (rows, columns))
+    decode = None if x.device.type != "cpu" or needs_grad else _row_decoder(weight)
+    if decode is None:
+        return F.linear(x, dequantize_packed(weight, x.dtype), bias)
+    rows, columns = weight.shape
     inputs = x.reshape(-1, x.shape[-1])
     output = x.new_empty(inputs.shape[0], rows)
-    _multiply_tiles(inputs, data.view(rows, -1), fmt, columns, bias, output)
+    _multiply_tiles(inputs, decode, columns, bias, output)
     return output.view(*x.shape[:-1], rows)
+
+
+def _row_decoder(weight: PackedTensor) -> DecodeRows | None:
+    """What decodes some rows of a large weight; None when the weight is better, or only, decoded whole."""
+    fmt, (rows, columns) = weight.format, weight.shape
+    if rows * columns <= CPU_TILE:
+        return None
+    if isinstance(fmt, ScaledFormat):
+
+        def decode_scaled(start: int, stop: int, tile: torch.Tensor, scratch: Scratch) -> None:
+            fmt.decode_rows(weight.data, weight.parts, weight.shape, start, stop, tile, scratch)
+
+        return decode_scaled
+    ggml: type[Format] = fmt
+    if ggml.dtype is not None or columns % ggml.block_size or weight.data.storage_offset() % 8:
+        return None
+    packed_rows = weight.data.view(rows, -1)
+
+    def decode_blocks(start: int, stop: int, tile: torch.Tensor, scratch: Scratch) -> None:
+        blocks = packed_rows[start:stop].view(-1, ggml.block_bytes)
+        ggml.decode(blocks, tile.view(-1, ggml.block_size), scratch)
+
+    return decode_blocks
 
 
 def _multiply_tiles(
     inputs: torch.Tensor,
-    packed_rows: torch.Tensor,
-    fmt: type[Format],
+    decode: DecodeRows,
     columns: int,
     bias: torch.Tensor | None,
     output: torch.Tensor,
@@ -61,14 +80,13 @@ def _multiply_tiles(
 
     All tiles share one scratch: fresh memory costs more page faults than the decoding itself takes.
     """
-    rows = packed_rows.shape[0]
+    rows = output.shape[1]
     step = max(TILE_ROWS, CPU_TILE // columns // TILE_ROWS * TILE_ROWS)
     scratch = Scratch(inputs.device, step * columns * SCRATCH_BYTES)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = scratch.get("weight", (stop - start, columns), torch.float32)
-        blocks = packed_rows[start:stop].view(-1, fmt.block_bytes)
-        fmt.decode(blocks, weight.view(-1, fmt.block_size), scratch)
+        decode(start, stop, weight, scratch)
         if inputs.dtype != torch.float32:
             weight = scratch.get("rounded", weight.shape, inputs.dtype).copy_(weight)
         part = output[:, start:stop]

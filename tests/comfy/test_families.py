@@ -42,7 +42,7 @@ def check_memory(info: dict[str, Any], pair: Twins, format: str) -> None:
     if format == "F16":
         assert not any("QuantizedTensor" in kind for kind in info["parameters"])
         return
-    packed = info["parameters"]["QuantizedTensor:snug.GGML"]
+    packed = info["parameters"]["QuantizedTensor:snug.Packed"]
     assert packed["bytes"] == pair.packed_bytes
     assert packed["weights"] == pair.packed_weights
     rest = sum(kind["bytes"] for name, kind in info["parameters"].items() if not name.startswith("Quantized"))

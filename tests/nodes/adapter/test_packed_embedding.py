@@ -8,7 +8,7 @@ import pytest
 import torch
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS
-from snug.quant_backends.kernels.dequantize import dequantize, quantize
+from snug.quant_backends.kernels.dequantize import dequantize, dequantize_packed, quantize
 
 
 def table(
@@ -43,16 +43,16 @@ def test_rows(format: str, dtype: torch.dtype, comfy: Any) -> None:
 
 
 def test_only_the_rows_asked_for_are_decoded(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from snug.nodes.adapter import operations
+    from snug.quant_backends.kernels import embedding
 
     module, _ = table(comfy, "Q8_0")
     decoded: list[tuple[int, ...]] = []
 
-    def watch(data: torch.Tensor, fmt: Any, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        decoded.append(shape)
-        return dequantize(data, fmt, shape, dtype)
+    def watch(packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+        decoded.append(packed.shape)
+        return dequantize_packed(packed, dtype)
 
-    monkeypatch.setattr(operations, "dequantize", watch)
+    monkeypatch.setattr(embedding, "dequantize_packed", watch)
     module(torch.tensor([[5, 6, 7]]))
     assert decoded == [(3, 256)]
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from snug.quant_backends.core.errors import SnugError
+from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS, Format
 from snug.quant_backends.kernels import linear as module
 from snug.quant_backends.kernels.dequantize import dequantize
@@ -47,7 +47,7 @@ def _assert_equals_dense(
     bias: torch.Tensor | None = None,
 ) -> None:
     """Compares with the decoded weight, relative to what each sum could be at most."""
-    found = linear(x, data, fmt, shape, bias)
+    found = linear(x, PackedTensor(data, fmt, shape), bias)
     weight = dequantize(data, fmt, shape, x.dtype)
     expected = F.linear(x, weight, bias)
     assert found.shape == expected.shape
@@ -125,7 +125,7 @@ def test_tiles_of_the_real_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_packed_bytes_and_the_input_are_left_as_they_were(fmt: type[Format]) -> None:
     data, x, bias = _packed(fmt, 40, COLUMNS), torch.randn(2, COLUMNS), torch.randn(40)
     before = [tensor.clone() for tensor in (data, x, bias)]
-    linear(x, data, fmt, (40, COLUMNS), bias)
+    linear(x, PackedTensor(data, fmt, (40, COLUMNS)), bias)
     assert all(map(torch.equal, before, (data, x, bias)))
 
 
@@ -133,9 +133,9 @@ def test_the_packed_bytes_and_the_input_are_left_as_they_were(fmt: type[Format])
 def test_autograd_modes(mode: type[torch.no_grad]) -> None:
     fmt = FORMATS["Q4_K"]
     data, x = _packed(fmt, 40, COLUMNS), torch.randn(2, COLUMNS)
-    expected = linear(x, data, fmt, (40, COLUMNS))
+    expected = linear(x, PackedTensor(data, fmt, (40, COLUMNS)))
     with mode():
-        assert torch.equal(linear(x, data, fmt, (40, COLUMNS)), expected)
+        assert torch.equal(linear(x, PackedTensor(data, fmt, (40, COLUMNS))), expected)
 
 
 @pytest.mark.parametrize("learns", ["x", "bias"])
@@ -144,18 +144,10 @@ def test_gradients(learns: str) -> None:
     data, x, bias = _packed(fmt, 40, COLUMNS), torch.randn(3, COLUMNS), torch.randn(40)
     learned = {"x": x, "bias": bias}[learns].requires_grad_()
     with torch.enable_grad():
-        (found,) = torch.autograd.grad(linear(x, data, fmt, (40, COLUMNS), bias).sum(), learned)
+        (found,) = torch.autograd.grad(linear(x, PackedTensor(data, fmt, (40, COLUMNS)), bias).sum(), learned)
         dense = F.linear(x, dequantize(data, fmt, (40, COLUMNS)), bias)
         (expected,) = torch.autograd.grad(dense.sum(), learned)
     torch.testing.assert_close(found, expected)
-
-
-@every_format
-@pytest.mark.parametrize("rows", [8, 40], ids=["one tile", "tiles"])
-def test_wrong_byte_counts_are_refused(fmt: type[Format], rows: int) -> None:
-    data = _packed(fmt, rows, COLUMNS)[: -fmt.block_bytes]
-    with pytest.raises(SnugError, match=rf"{fmt.name} tensor of shape \({rows}, 512\) takes"):
-        linear(torch.randn(1, COLUMNS), data, fmt, (rows, COLUMNS))
 
 
 @pytest.mark.parametrize("rows", [8, 40], ids=["one tile", "tiles"])
@@ -163,4 +155,4 @@ def test_wrong_byte_counts_are_refused(fmt: type[Format], rows: int) -> None:
 def test_inputs_of_another_width_are_refused(rows: int, columns: int) -> None:
     fmt = FORMATS["Q8_0"]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        linear(torch.randn(4, columns), _packed(fmt, rows, COLUMNS), fmt, (rows, COLUMNS))
+        linear(torch.randn(4, columns), PackedTensor(_packed(fmt, rows, COLUMNS), fmt, (rows, COLUMNS)))
