@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .base import Scratch
+from .float8 import to_float32
 from .scaled_base import FLOATS, ScaledFormat, rows_and_columns
 
 if TYPE_CHECKING:
@@ -85,8 +86,8 @@ class ScaledElements(ScaledFormat):
         scratch: Scratch,
     ) -> None:
         rows, columns = rows_and_columns(shape)
-        out.copy_(data.view(rows, columns)[start:stop])
         values = out.view(stop - start, columns)
+        to_float32(data.view(rows, columns)[start:stop], values, scratch)
         if self.zero:
             self._apply(torch.Tensor.sub_, values, parts["zero"], shape, start)
         self._apply(torch.Tensor.mul_, values, parts["scale"], shape, start)

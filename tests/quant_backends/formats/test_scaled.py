@@ -25,6 +25,7 @@ NAMES = [
     "quanto-int2-64",
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ONE = {"scale": torch.ones(1)}
 
 
 @pytest.fixture(params=[None, 100], ids=["one chunk", "many chunks"], autouse=True)
@@ -122,6 +123,26 @@ def test_scaled_elements(stored: str, block: str, zero: bool) -> None:
     packed = PackedTensor(data, scaled_format(name), shape, parts)
     for dtype in DTYPES:
         assert torch.equal(dequantize_packed(packed, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"])
+def test_every_float8_number(stored: str) -> None:
+    dtype = getattr(torch, stored)
+    every = torch.arange(256, dtype=torch.uint8)
+    finite = every[every.view(dtype).float().isfinite()]
+    for codes in (every, finite):
+        for data in (codes, torch.cat([codes[:1], codes])[1:]):  # at the start of its memory and one byte later
+            packed = PackedTensor(data.view(dtype), scaled_format(f"{stored}-tensor"), data.shape, ONE)
+            found, expected = dequantize_packed(packed), data.view(dtype).float()
+            assert torch.equal(found.isnan(), expected.isnan())
+            same = found.view(torch.int32) == expected.view(torch.int32)  # signs of zeros as well
+            assert (same | expected.isnan()).all()
+
+
+def test_outputs_at_odd_places() -> None:
+    packed, reference = bitsandbytes_4bit(weights(3, 64), "nf4", 64, nested=False)
+    out = torch.empty(3 * 64 + 1)[1:].view(3, 64)
+    assert torch.equal(dequantize_packed(packed, out=out), reference())
 
 
 def spread(numbers: torch.Tensor, high: int, wide: int) -> torch.Tensor:
