@@ -11,6 +11,7 @@ import torch
 
 from ..core.packed import PackedTensor
 from . import bitsandbytes_keys, fp8_keys, quanto_keys, torchao_keys
+from .core_quant import DESCRIPTION, FLOAT8, core_formats, has_core_formats
 from .key_groups import KeyGroups
 from .safetensors_file import SafetensorsFile
 
@@ -42,10 +43,14 @@ ALTERNATIVE = "load a GGUF, NF4 or FP8 version of the model"
 @dataclass(frozen=True, slots=True)
 class Convention:
     """name: of one convention or several joined by "+", "plain" when nothing is quantized, "core" when ComfyUI
-    itself defines it (`comfy_quant`, `_quantization_metadata`) and should load the file."""
+    itself defines it (`comfy_quant`, `_quantization_metadata`).
+    loaders: what puts the weights together; a "core" file without any can be loaded by ComfyUI alone.
+    core_formats: what ComfyUI calls the formats of a "core" file.
+    """
 
     name: str
     loaders: tuple[Loader, ...] = ()
+    core_formats: frozenset[str] = frozenset()
 
     @property
     def core(self) -> bool:
@@ -56,8 +61,9 @@ class Convention:
 class LoadedSafetensors:
     """What a safetensors file holds.
 
-    state_dict: model name to PackedTensor (quantized) or torch.Tensor, nearly all views of the file; for "core" and
-        "plain" the tensors as they are. extras: scales of activations and markers, by their names in the file.
+    state_dict: model name to PackedTensor (quantized) or torch.Tensor, nearly all views of the file; for "plain" and
+        "core" without loaders the tensors as they are.
+    extras: scales of activations and markers, by their names in the file.
     format_counts: format name (of plain tensors safetensors' dtype) to number of tensors. metadata: the file's.
     """
 
@@ -70,10 +76,9 @@ class LoadedSafetensors:
 
 def recognise(file: SafetensorsFile) -> Convention:
     """The convention of a file by its header; FileFormatError for one that Snug refuses."""
-    if "_quantization_metadata" in file.metadata or any(
-        name.endswith(".comfy_quant") for name in file.tensors
-    ):
-        return Convention("core")
+    if has_core_formats(file):
+        formats = core_formats(file)
+        return Convention("core", (_load_core_fp8,) if formats <= FLOAT8 else (), formats)
     for endings, kind, reason in REFUSED:
         if all(any(name.endswith(ending) for name in file.tensors) for ending in endings):
             file.fail(f"the file is quantized with {kind}, which Snug does not load: {reason}", ALTERNATIVE)
@@ -91,7 +96,13 @@ def open_quantized_safetensors(
     shapes: logical shapes known from elsewhere, for what does not say them itself (quanto's qint4 and qint2
     without a bias). Raises FileFormatError when the file is damaged, inconsistent or of a refused kind.
     """
-    file = SafetensorsFile(path)
+    return load_quantized(SafetensorsFile(path), shapes)
+
+
+def load_quantized(
+    file: SafetensorsFile, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> LoadedSafetensors:
+    """`open_quantized_safetensors` for a file whose header is already read."""
     convention = recognise(file)
     groups = KeyGroups(file, shapes or {})
     for load in convention.loaders:
@@ -103,3 +114,8 @@ def open_quantized_safetensors(
     for name in [name for name in file.tensors if name in groups.left]:
         groups.state_dict[name] = groups.take(name)
     return LoadedSafetensors(groups.state_dict, convention, packed + plain, file.metadata, groups.extras)
+
+
+def _load_core_fp8(groups: KeyGroups) -> None:
+    groups.keep([name for name in groups.file.tensors if name.endswith(DESCRIPTION)])
+    fp8_keys.load_scaled_fp8(groups)

@@ -164,14 +164,41 @@ def test_plain_files_stay_as_they_are(opened: Opened) -> None:
     assert loaded.format_counts == {"F32": 1, "F8_E4M3": 1}
 
 
-@pytest.mark.parametrize("metadata", [{"_quantization_metadata": "{}"}, None])
-def test_files_of_comfyui_are_left_to_it(metadata: dict[str, str] | None, opened: Opened) -> None:
-    tensors = {"a.weight": torch.ones(2).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(())}
-    if metadata is None:
-        tensors["a.comfy_quant"] = torch.zeros(2, dtype=torch.uint8)
+def core_file(format: str, in_metadata: bool) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """A weight in one of ComfyUI's own formats, described in the header or beside it."""
+    tensors = {"a.weight": torch.ones(2, 4).to(torch.float8_e4m3fn), "a.weight_scale": torch.tensor(0.5)}
+    if in_metadata:
+        layers = {"format_version": "1.0", "layers": {"a": {"format": format}}}
+        return tensors, {"_quantization_metadata": json.dumps(layers)}
+    description = json.dumps({"format": format}).encode()
+    return tensors | {"a.comfy_quant": torch.tensor(list(description), dtype=torch.uint8)}, None
+
+
+@pytest.mark.parametrize("in_metadata", [True, False])
+def test_formats_of_comfyui_alone_are_left_to_it(in_metadata: bool, opened: Opened) -> None:
+    tensors, metadata = core_file("nvfp4", in_metadata)
     loaded = opened(tensors, metadata)
-    assert loaded.convention.core
+    assert loaded.convention.core and not loaded.convention.loaders
+    assert loaded.convention.core_formats == {"nvfp4"}
     assert loaded.state_dict.keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("in_metadata", [True, False])
+def test_float8_of_comfyui_can_be_read(in_metadata: bool, opened: Opened) -> None:
+    loaded = opened(*core_file("float8_e4m3fn", in_metadata))
+    assert loaded.convention.core and loaded.convention.loaders
+    assert loaded.state_dict.keys() == {"a.weight"}
+    assert torch.equal(decoded(loaded, "a.weight", torch.float32), torch.full((2, 4), 0.5))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"layers": {"a": 1}}', '{"layers": {"a": {"format": 1}}}'])
+def test_damaged_descriptions_of_comfyui_are_refused(text: str, opened: Opened) -> None:
+    tensors = {"a.weight": torch.ones(2, 4)}
+    with pytest.raises(FileFormatError, match="_quantization_metadata"):
+        opened(tensors, {"_quantization_metadata": text})
+    description = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    with pytest.raises(FileFormatError, match="a.comfy_quant"):
+        opened(tensors | {"a.comfy_quant": description})
 
 
 @pytest.mark.parametrize(
