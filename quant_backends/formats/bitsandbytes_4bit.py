@@ -94,7 +94,7 @@ class BitsAndBytes4Bit(ScaledFormat):
         values = out.view(-1) if direct else scratch.get("values", (count,), torch.float32)
         index = scratch.get("index", (nibbles.numel(),), torch.int32).copy_(nibbles)
         torch.index_select(_pairs(parts["quant_map"], scratch), 0, index, out=values.view(torch.int64))
-        absmax = self._absmax(parts, begin, end)
+        absmax = self.plain_absmax(parts, begin, end)
         whole = count // self.block_size
         values[: whole * self.block_size].view(whole, self.block_size).mul_(absmax[:whole, None])
         if whole * self.block_size < count:
@@ -102,7 +102,8 @@ class BitsAndBytes4Bit(ScaledFormat):
         if not direct:
             out.view(-1).copy_(values[skipped : skipped + last - first])
 
-    def _absmax(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> torch.Tensor:
+    def plain_absmax(self, parts: Mapping[str, torch.Tensor], begin: int, end: int) -> torch.Tensor:
+        """float32 [end - begin]: the largest magnitudes of the blocks begin..end, nested ones worked out."""
         absmax = parts["absmax"].view(-1)[begin:end]
         if not self.nested:
             return absmax.float()
