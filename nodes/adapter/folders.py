@@ -11,8 +11,8 @@ from ...quant_backends.core.errors import SnugError
 
 @dataclass(frozen=True, slots=True)
 class _Library:
-    """Files of one kind. key: ComfyUI's folder key. gguf_key: ComfyUI lists no .gguf files under its own; other
-    packs share this one for them.
+    """Files of one kind. key: ComfyUI's folder key. gguf_key: ComfyUI lists no .gguf files under its own; for
+    models and text encoders other packs share this one.
     """
 
     what: str
@@ -42,6 +42,7 @@ class _Library:
 
 DIFFUSION_MODELS = _Library("diffusion model", "diffusion_models", "unet_gguf")
 TEXT_ENCODERS = _Library("text encoder", "text_encoders", "clip_gguf")
+LORAS = _Library("LoRA", "loras", "snug_loras_gguf")
 
 
 def register() -> None:
@@ -51,7 +52,7 @@ def register() -> None:
     through extra_model_paths.yaml are seen as well.
     """
     known = folder_paths.folder_names_and_paths
-    for library in (DIFFUSION_MODELS, TEXT_ENCODERS):
+    for library in (DIFFUSION_MODELS, TEXT_ENCODERS, LORAS):
         if library.gguf_key not in known:
             known[library.gguf_key] = (known[library.key][0], {".gguf"})
 
