@@ -158,6 +158,47 @@ def test_scaled_fp8(keys: tuple[str, str], scale: torch.Tensor, dtype: torch.dty
     assert isinstance(plain, torch.Tensor) and torch.equal(plain, torch.full((4, 4), 2.0))
 
 
+@pytest.mark.parametrize(
+    ("shape", "grid", "block"),
+    [
+        ((256, 384), (2, 3), (128, 128)),
+        ((256, 384), (256, 3), (1, 128)),
+        ((256, 96), (2, 1), (128, 96)),
+        ((48, 64), (1, 64), (48, 1)),
+    ],
+)
+@pytest.mark.parametrize("key", ["weight_scale_inv", "weight_scale", "scale_weight"])
+def test_block_scaled_fp8(
+    key: str, shape: tuple[int, int], grid: tuple[int, int], block: tuple[int, int], opened: Opened
+) -> None:
+    weight, scale = torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(grid)
+    loaded = opened({"a.weight": weight, f"a.{key}": scale})
+    assert loaded.convention.name == "scaled-fp8"
+    assert loaded.format_counts == {f"float8_e4m3fn-{block[0]}x{block[1]}": 1}
+    expected = weight.float() * scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    assert torch.equal(decoded(loaded, "a.weight", torch.float32), expected)
+
+
+def test_blocks_cut_at_the_edge_follow_the_rest_of_the_file(opened: Opened) -> None:
+    weight, scale = torch.randn(576, 128).to(torch.float8_e4m3fn), torch.rand(5, 1)
+    tensors = {"a.weight": weight, "a.weight_scale_inv": scale}
+    with pytest.raises(
+        FileFormatError, match="blocks of 'a.weight' are not certain: 5 x 1 scales for 576 x 128"
+    ):
+        opened(tensors)
+    tensors |= {"b.weight": weight[:256].clone(), "b.weight_scale_inv": torch.rand(2, 1)}
+    tensors |= {"c.weight": weight[:3].clone(), "c.weight_scale_inv": torch.rand(1, 1)}
+    expected = weight.float() * scale.repeat_interleave(128, 0)[:576]
+    assert torch.equal(decoded(opened(tensors), "a.weight", torch.float32), expected)
+
+
+def test_blocks_that_do_not_fit_are_refused(opened: Opened) -> None:
+    weight = torch.zeros(256, 256, dtype=torch.float8_e4m3fn)
+    for grid in ((3, 2), (2, 300), (0, 2)):
+        with pytest.raises(FileFormatError, match="blocks of 'a.weight' are not certain|needs 256 elements"):
+            opened({"a.weight": weight, "a.weight_scale_inv": torch.ones(grid)})
+
+
 def test_plain_files_stay_as_they_are(opened: Opened) -> None:
     loaded = opened({"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2).to(torch.float8_e4m3fn)})
     assert (loaded.convention.name, loaded.convention.core) == ("plain", False)

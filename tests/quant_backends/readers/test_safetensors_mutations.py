@@ -37,6 +37,8 @@ def valid() -> tuple[bytes, int]:
         ("d.bias", "F16", [4], bytes(8)),
         ("e._weight_qdata", "I8", [2, 32], bytes(64)),
         ("e._weight_scale", "BF16", [2, 1], bytes(4)),
+        ("f.weight", "F8_E5M2", [4, 8], bytes(32)),
+        ("f.weight_scale_inv", "F32", [2, 2], bytes(16)),
     ]
     kind = {"_type": "Int8Tensor", "_data": {"block_size": [1, 32]}, "_tensor_data_names": ["qdata", "scale"]}
     header: dict[str, object] = {
@@ -71,6 +73,6 @@ def test_the_undamaged_file_is_valid(valid: tuple[bytes, int], tmp_path: Path) -
     use(path)
     loaded = open_quantized_safetensors(path)
     assert {name for name, value in loaded.state_dict.items() if isinstance(value, PackedTensor)} == {
-        f"{layer}.weight" for layer in "abcde"
+        f"{layer}.weight" for layer in "abcdef"
     }
     assert loaded.convention.name == "bitsandbytes-4bit+bitsandbytes-int8+torchao+quanto+scaled-fp8"

@@ -1,0 +1,78 @@
+"""bitsandbytes: NF4, FP4 and LLM.int8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .core.backend import Backend, FileKind, FormatFamily
+from .core.packed import PackedTensor
+from .formats.scaled import BitsAndBytes4Bit, ScaledElements
+
+FILES = (FileKind.SAFETENSORS, FileKind.FOLDER)
+
+
+def _four_bit(kind: str) -> FormatFamily:
+    return FormatFamily(
+        title=f"{kind.upper()} (bitsandbytes)",
+        convention="bitsandbytes-4bit",
+        recognised_by=f"keys that end in `.quant_state.bitsandbytes__{kind}`",
+        writers="bitsandbytes, diffusers, ComfyUI's older NF4 packs",
+        files=FILES,
+        examples=(f"bnb-{kind}-64", f"bnb-{kind}-64-nested-256"),
+        bits=(4.12, 4.51),
+        label=kind.upper(),
+        note="any block size, plain or double quantization",
+    )
+
+
+class BitsAndBytes(Backend):
+    name, title = "bitsandbytes", "bitsandbytes"
+    package, module = "bitsandbytes", "bitsandbytes"
+    families = (
+        _four_bit("nf4"),
+        _four_bit("fp4"),
+        FormatFamily(
+            title="INT8 (bitsandbytes)",
+            convention="bitsandbytes-int8",
+            recognised_by="keys that end in `.SCB`",
+            writers="bitsandbytes, diffusers",
+            files=FILES,
+            examples=("int8-rows-scb",),
+            bits=(8.0, 8.04),
+            label="INT8",
+        ),
+    )
+
+    @classmethod
+    def handles(cls, fmt: Any) -> bool:
+        return isinstance(fmt, BitsAndBytes4Bit) or (isinstance(fmt, ScaledElements) and fmt.scb)
+
+    @classmethod
+    def decode(cls, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+        functional, fmt, parts = cls.library("functional"), packed.format, packed.parts
+        if not isinstance(fmt, BitsAndBytes4Bit):
+            return functional.int8_vectorwise_dequant(packed.data, parts["scale"].view(-1)).to(dtype)
+        own_map = functional.get_4bit_type(fmt.quant_type, packed.data.device)
+        if not torch.equal(own_map, parts["quant_map"].view(-1)):
+            raise ValueError(f"the file's map of {fmt.quant_type} values is not the library's")
+        outer = None
+        if fmt.nested:
+            outer = functional.QuantState(
+                absmax=parts["nested_absmax"].view(-1),
+                code=parts["nested_quant_map"].view(-1),
+                blocksize=fmt.nested,
+                dtype=torch.float32,
+            )
+        state = functional.QuantState(
+            absmax=parts["absmax"].view(-1),
+            shape=torch.Size(packed.shape),
+            code=own_map,
+            blocksize=fmt.block_size,
+            quant_type=fmt.quant_type,
+            dtype=dtype,
+            offset=parts["nested_offset"].view(()) if fmt.nested else None,
+            state2=outer,
+        )
+        return functional.dequantize_4bit(packed.data.view(-1, 1), state).view(packed.shape)

@@ -1,0 +1,60 @@
+"""Scaled FP8: float8 weights with a scale for the tensor, each row or each block; comfy-kitchen is ComfyUI's kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .core.backend import Backend, FileKind, FormatFamily, Status
+from .core.packed import PackedTensor
+from .formats.scaled import ScaledElements
+
+FLOAT8_DEVICES = "where torch has float8"
+
+
+class FP8(Backend):
+    name, title = "fp8", "Scaled FP8"
+    package, module = "comfy-kitchen", "comfy_kitchen"
+    families = (
+        FormatFamily(
+            title="Scaled FP8",
+            convention="scaled-fp8",
+            recognised_by="`scaled_fp8`, `.scale_weight` or `.weight_scale` beside float8",
+            writers="ComfyUI's and Kijai's scaled FP8 models",
+            files=(FileKind.SAFETENSORS,),
+            examples=("float8_e4m3fn-tensor", "float8_e4m3fn-rows", "float8_e5m2-tensor", "float8_e5m2-rows"),
+            bits=(8.0, 8.04),
+            label="FP8",
+            devices=FLOAT8_DEVICES,
+        ),
+        FormatFamily(
+            title="Block-scaled FP8",
+            convention="scaled-fp8",
+            recognised_by="`.weight_scale_inv`, or `.weight_scale` in two dimensions, beside float8",
+            writers="DeepSeek, Qwen, diffusers",
+            files=(FileKind.SAFETENSORS,),
+            examples=("float8_e4m3fn-128x128",),
+            bits=(8.0, 8.04),
+            label="FP8",
+            devices=FLOAT8_DEVICES,
+        ),
+        FormatFamily(
+            title="FP8 without scales, F16, BF16, F32",
+            convention="plain",
+            recognised_by="nothing of the other lines",
+            writers="everybody",
+            files=(FileKind.SAFETENSORS, FileKind.FOLDER),
+            status=Status.COMFYUI,
+        ),
+    )
+
+    @classmethod
+    def handles(cls, fmt: Any) -> bool:
+        known = isinstance(fmt, ScaledElements) and fmt.stored in ("float8_e4m3fn", "float8_e5m2")
+        return known and fmt.block == (0, 0) and not (fmt.zero or fmt.scb)
+
+    @classmethod
+    def decode(cls, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+        scale = packed.parts["scale"].view(())
+        return cls.library().dequantize_per_tensor_fp8(packed.data.view(packed.shape), scale, dtype)
