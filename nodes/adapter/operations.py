@@ -84,6 +84,8 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
             dtype = getattr(self, f"{name}_comfy_model_dtype")
             if value is None:
                 missing_keys.append(key)
+                if getattr(self, name) is not None:
+                    continue
                 value = torch.zeros(shape, dtype=dtype)
             elif tuple(value.shape) != shape:
                 error_msgs.append(

@@ -124,10 +124,11 @@ class PackedWeightModule(torch.nn.Module):
         _, _, missing_keys, _, errors = rest
         shape = self._weight_shape()
         self.weight = None
+        # First, so that no dense weight is made in its place.
+        self.take_weight(weight, errors, key, shape)
         self._load_dense({name: value for name, value in state_dict.items() if name != key}, prefix, *rest)
         if key in missing_keys:
             missing_keys.remove(key)
-        self.take_weight(weight, errors, key, shape)
 
     def _load_dense(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
