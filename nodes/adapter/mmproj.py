@@ -40,6 +40,12 @@ def choose_mmproj(encoders: Sequence[TextEncoderGGUF], choice: str) -> Vision | 
         return None
     if choice != "auto":
         gguf = open_vision_gguf(choice)
+        if not encoders:
+            raise FileFormatError(
+                choice,
+                "a vision part (mmproj) belongs to a GGUF text encoder, and none is chosen",
+                "set mmproj to auto or none (.safetensors text encoders bring their own)",
+            )
         for encoder in seeing:
             if _fits(gguf, encoder):
                 return Vision(gguf, encoder)

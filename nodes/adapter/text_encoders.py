@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ...quant_backends.core.errors import FileFormatError, SnugError
 from ...quant_backends.core.packed import PackedTensor
-from ...quant_backends.formats import FORMATS
-from ...quant_backends.readers import TextEncoderGGUF, open_text_encoder_gguf
-from ...quant_backends.readers.text_encoder_tables import DIRECT_TENSORS
+from ...quant_backends.readers import (
+    TextEncoderGGUF,
+    TextEncoderSafetensors,
+    open_text_encoder_gguf,
+    open_text_encoder_safetensors,
+)
 from ...quant_backends.readers.tokenizers import needed_tokenizer, tokenizer_tensor
 from .compat import supported_arguments
 from .core_errors import is_about_the_file, summary
@@ -36,25 +38,28 @@ logger = logging.getLogger("snug")
 
 # What ComfyUI's text encoders calculate in, on every device.
 COMPUTE_DTYPE = torch.float32
-HALF_FORMATS = {torch.float16: FORMATS["F16"], torch.bfloat16: FORMATS["BF16"]}
-# Marks of ComfyUI's own quantized weights.
-CORE_QUANTIZED = ("scaled_fp8", ".comfy_quant", ".scale_weight", ".weight_scale")
 # One of these is in every text encoder, also in those that detection leaves to ComfyUI's defaults.
 TEXT_NAMES = re.compile(
-    r"token_embedding|embed_tokens|word_embeddings|shared\.weight|text_model|transformer\.resblocks"
-    r"|text_embedding_projection"
+    r"token_embedding|embed_tokens|word_embeddings|shared\.weight|text_model|text_embedding_projection"
 )
-MIX_HINT = "load it without GGUF files beside it, or choose a GGUF or a plain version of it"
+# Kinds whose quantized weights ComfyUI's loader does not look for: it would leave their scales away.
+UNSCALED_BY_CORE = ("CLIP_L", "CLIP_G", "CLIP_H", "T5_XL", "T5_BASE", "UMT5_BASE", "BYT5_SMALL_GLYPH")
 
 
 @dataclass(frozen=True)
 class _Encoder:
-    """One chosen file: its header. gguf: None for safetensors."""
+    """One chosen file whose header has been read, and what it is."""
 
-    path: str
+    file: TextEncoderGGUF | TextEncoderSafetensors
     kind: str | None
-    gguf: TextEncoderGGUF | None
-    nbytes: int
+
+    @property
+    def path(self) -> str:
+        return str(self.file.path)
+
+    @property
+    def gguf(self) -> TextEncoderGGUF | None:
+        return self.file if isinstance(self.file, TextEncoderGGUF) else None
 
 
 def load_text_encoders(
@@ -68,17 +73,19 @@ def load_text_encoders(
     Raises SnugError when a file is damaged, is no text encoder, or is not for this type: before anything is
     loaded.
     """
+    _refuse_twice(paths)
     encoders = [_open(path) for path in paths]
     check_kinds([(encoder.path, encoder.kind) for encoder in encoders], clip_type)
     known_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
-    if not any(encoder.gguf for encoder in encoders):
-        return _load_with_core(paths, known_type, disable_dynamic)
     vision = choose_mmproj([encoder.gguf for encoder in encoders if encoder.gguf], mmproj)
-    bar = comfy.utils.ProgressBar(2 * sum(encoder.nbytes for encoder in encoders))
+    if all(_is_for_core(encoder) for encoder in encoders):
+        return _load_with_core(paths, known_type, disable_dynamic)
+    _refuse_core_formats(encoders)
+    bar = comfy.utils.ProgressBar(2 * sum(encoder.file.nbytes for encoder in encoders))
     reader = _Progress(bar)
     state_dicts = [_state_dict(encoder, reader) for encoder in encoders]
     for state_dict, encoder in zip(state_dicts, encoders, strict=True):
-        if vision is not None and encoder.gguf is vision.encoder:
+        if vision is not None and encoder.file is vision.encoder:
             state_dict.update(_packed(vision.gguf.state_dict()))
     loaded = {name for state_dict in state_dicts for name in state_dict}
     clip = _build(paths, state_dicts, known_type, LoadSettings(on_weight=reader), disable_dynamic)
@@ -105,71 +112,100 @@ class _Progress:
         self.bar.update_absolute(self.done)
 
 
-def _open(path: str) -> _Encoder:
-    if path.lower().endswith(".gguf"):
-        gguf = open_text_encoder_gguf(path)
-        kind = detect_kind({name: info.shape for name, info in gguf.infos.items()})
-        if kind is None:
-            raise FileFormatError(
-                path,
-                "the tensors in the file match none of the text encoders that this ComfyUI knows",
-                "update ComfyUI if the model is newer than it, or choose another file",
+def _refuse_twice(paths: Sequence[str]) -> None:
+    for number, path in enumerate(paths):
+        if path in paths[:number]:
+            raise SnugError(
+                f"{Path(path).name} is chosen twice; set one of the two to none, or to another text encoder."
             )
-        return _Encoder(path, kind, gguf, gguf.nbytes)
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+
+
+def _open(path: str) -> _Encoder:
+    is_gguf = path.lower().endswith(".gguf")
+    file = open_text_encoder_gguf(path) if is_gguf else open_text_encoder_safetensors(path)
+    kind = detect_kind(file.shapes)
+    if kind is None and is_gguf:
         raise FileFormatError(
-            path, f"the file cannot be read ({error})", "check that it is a complete .safetensors file"
-        ) from error
-    kind = detect_kind(shapes)
-    if kind is None and not any(TEXT_NAMES.search(name) for name in shapes):
+            path,
+            "the tensors in the file match none of the text encoders that this ComfyUI knows",
+            "update ComfyUI if the model is newer than it, or choose another file",
+        )
+    if kind is None and not any(TEXT_NAMES.search(name) for name in file.shapes):
         raise FileFormatError(
             path,
             "the file is no text encoder that this ComfyUI knows",
-            "choose another file; load diffusion models with 'Load Diffusion Model (Snug)'",
+            "choose another file; load diffusion models with Load Diffusion Model (Snug)",
         )
-    return _Encoder(path, kind, None, os.path.getsize(path))
+    return _Encoder(file, kind)
+
+
+def _is_for_core(encoder: _Encoder) -> bool:
+    """Whether ComfyUI's own loader takes the file: plain, or quantized by ComfyUI for a kind that it looks for."""
+    file = encoder.file
+    if isinstance(file, TextEncoderGGUF):
+        return False
+    if file.convention.core:
+        return _core_reads_layers() and encoder.kind not in UNSCALED_BY_CORE
+    return not file.convention.loaders
+
+
+def _core_reads_layers() -> bool:
+    """Whether this ComfyUI reads descriptions of quantized layers; 0.3.75 does in few text encoders."""
+    return hasattr(comfy.utils, "convert_old_quants")
+
+
+def _refuse_core_formats(encoders: Sequence[_Encoder]) -> None:
+    """Files that only ComfyUI decodes cannot be in one CLIP with those that only Snug decodes."""
+    for encoder in encoders:
+        file = encoder.file
+        if isinstance(file, TextEncoderSafetensors) and file.for_core_only:
+            formats = " and ".join(sorted(file.convention.core_formats))
+            reason, hint = (
+                "cannot be mixed with files that only Snug decodes",
+                "choose a GGUF or FP8 version of it",
+            )
+            if not _core_reads_layers():
+                reason, hint = "this ComfyUI does not know", f"update ComfyUI, or {hint}"
+            elif not _is_for_core(encoder):
+                reason = "ComfyUI does not decode in this kind of text encoder"
+            raise FileFormatError(
+                encoder.path, f"the file has weights in ComfyUI's own format {formats}, which {reason}", hint
+            )
+
+
+@contextmanager
+def _errors_named(paths: Sequence[str]) -> Iterator[None]:
+    """Turns what ComfyUI raises about these files into one sentence."""
+    names = " and ".join(Path(path).name for path in paths)
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_about_the_file(error):
+            raise
+        raise SnugError(
+            f"The text encoder {names} does not fit the model that ComfyUI builds for it "
+            f"({summary(error)}); update ComfyUI or choose another file."
+        ) from error
 
 
 def _load_with_core(paths: Sequence[str], clip_type: Any, disable_dynamic: bool) -> Any:
     options = supported_arguments(comfy.sd.load_clip, disable_dynamic=disable_dynamic)
     embeddings = folder_paths.get_folder_paths("embeddings")
-    return comfy.sd.load_clip(list(paths), embedding_directory=embeddings, clip_type=clip_type, **options)
+    with _errors_named(paths):
+        return comfy.sd.load_clip(list(paths), embedding_directory=embeddings, clip_type=clip_type, **options)
 
 
 def _state_dict(encoder: _Encoder, progress: _Progress) -> dict[str, Any]:
     """Packed weights and whatever else ComfyUI expects in this encoder's state dict."""
-    if encoder.gguf is None:
-        state_dict = _plain_state_dict(encoder.path)
-        progress(encoder.nbytes)
-        return state_dict
-    state_dict = _packed(encoder.gguf.state_dict(progress))
-    key = needed_tokenizer(encoder.gguf)
-    if key is not None:
+    state_dict = _packed(encoder.file.state_dict(progress))
+    key = needed_tokenizer(encoder.gguf) if encoder.gguf else None
+    if encoder.gguf and key is not None:
         if key == "spiece_model" and importlib.util.find_spec("sentencepiece") is None:
             raise SnugError(
                 f"{encoder.path}: this text encoder needs the Python package sentencepiece, which is not "
                 f"installed; run 'pip install sentencepiece' in ComfyUI's environment and restart."
             )
         state_dict[key] = tokenizer_tensor(encoder.gguf, key)
-    return state_dict
-
-
-def _plain_state_dict(path: str) -> dict[str, Any]:
-    """A safetensors file beside GGUF ones: matrices of 16 bits are taken as packed, so that none is copied."""
-    state_dict, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    if any(name.endswith(CORE_QUANTIZED) for name in state_dict) or "_quantization_metadata" in (
-        metadata or {}
-    ):
-        problem = "a file with ComfyUI's own quantized weights cannot be mixed with GGUF files"
-        raise FileFormatError(path, problem, MIX_HINT)
-    for name, tensor in state_dict.items():
-        fmt = HALF_FORMATS.get(tensor.dtype)
-        if fmt and tensor.dim() == 2 and name.endswith(".weight") and not DIRECT_TENSORS.match(name):
-            data = tensor.contiguous().view(torch.uint8).view(-1)
-            state_dict[name] = pack(PackedTensor(data, fmt, tuple(tensor.shape)), COMPUTE_DTYPE)
     return state_dict
 
 
@@ -195,7 +231,7 @@ def _build(
         # from the logical size otherwise, and build the model on the GPU before there are weights.
         "initial_device": torch.device("cpu"),
     }
-    try:
+    with _errors_named(paths):
         return load(
             state_dicts,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -203,11 +239,3 @@ def _build(
             model_options=model_options,
             **supported_arguments(load, disable_dynamic=disable_dynamic),
         )
-    except RuntimeError as error:
-        if not is_about_the_file(error):
-            raise
-        names = " and ".join(Path(path).name for path in paths)
-        raise SnugError(
-            f"The text encoder {names} does not fit the model that ComfyUI builds for it "
-            f"({summary(error)}); update ComfyUI or choose another file."
-        ) from error

@@ -6,6 +6,7 @@ from .diffusion_gguf import LoadedTensors, load_diffusion_gguf
 from .gguf_file import GGUFFile
 from .gguf_tensors import TensorInfo
 from .text_encoder_gguf import TextEncoderGGUF, open_text_encoder_gguf
+from .text_encoder_safetensors import TextEncoderSafetensors, open_text_encoder_safetensors
 from .vision_gguf import VisionGGUF, open_vision_gguf
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "LoadedTensors",
     "TensorInfo",
     "TextEncoderGGUF",
+    "TextEncoderSafetensors",
     "VisionGGUF",
     "load_diffusion_gguf",
     "open_text_encoder_gguf",
+    "open_text_encoder_safetensors",
     "open_vision_gguf",
 ]

@@ -17,13 +17,13 @@ import torch
 from ..core.errors import FileFormatError
 from ..core.packed import PackedTensor
 from ..kernels.dequantize import dequantize
-from .diffusion_tables import LORA, VISION_TOWER
+from .clip_names import hugging_face_names, split_attention, split_shapes
 from .gguf_file import GGUFFile
 from .gguf_tensors import TensorInfo
 from .gguf_values import Metadata, shown
-from .model_kind import VISION_TYPES, text_value
+from .model_kind import text_value
+from .text_encoder_kinds import refuse_other_kinds
 from .text_encoder_tables import (
-    CHECKPOINT,
     DIRECT_TENSORS,
     FAMILIES,
     LLAMA_CPP,
@@ -60,6 +60,11 @@ class TextEncoderGGUF:
         return self.file.metadata
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors by the names that `state_dict()` gives them."""
+        return split_shapes({name: info.shape for name, info in self.infos.items()})
+
+    @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.infos.values())
 
@@ -74,7 +79,7 @@ class TextEncoderGGUF:
         """
         tensors: dict[str, PackedTensor | torch.Tensor] = {}
         for name, info in self.infos.items():
-            tensors[name] = self._load(name, info)
+            tensors.update(split_attention(name, self._load(name, info)))
             if progress is not None:
                 progress(info.nbytes)
         return tensors
@@ -124,10 +129,10 @@ def open_text_encoder_gguf(path: str | os.PathLike[str]) -> TextEncoderGGUF:
     model, a whole checkpoint), or has an architecture that Snug does not know.
     """
     file = GGUFFile(path)
-    _refuse_other_kinds(file)
+    refuse_other_kinds(file.path, file.tensors, file.metadata)
     architecture = text_value(file.metadata, "general.architecture")
     if not any(LLAMA_CPP.match(name) for name in file.tensors):
-        return TextEncoderGGUF(file, architecture, None, _original_names(file))
+        return TextEncoderGGUF(file, architecture, None, hugging_face_names(_original_names(file)))
     if any(name.startswith("enc.blk.") for name in file.tensors):
         family = FAMILIES["t5encoder"]
     else:
@@ -191,32 +196,12 @@ def _original_names(file: GGUFFile) -> dict[str, TensorInfo]:
     """Names without what a checkpoint put before them."""
     prefixes = {match[0] for name in file.tensors if (match := ORIGINAL.match(name))}
     if not prefixes:
-        raise _other_kind(
-            file,
-            "no text encoder that Snug knows",
-            "load diffusion models with 'Load Diffusion Model (Snug)'",
+        architecture = text_value(file.metadata, "general.architecture")
+        known_as = f" ({architecture})" if architecture and architecture.isidentifier() else ""
+        raise FileFormatError(
+            file.path,
+            f"the file is no text encoder that Snug knows{known_as}",
+            "choose another file; load diffusion models with Load Diffusion Model (Snug)",
         )
     prefix = min(prefixes, key=len)
     return {name.removeprefix(prefix): info for name, info in file.tensors.items() if name.startswith(prefix)}
-
-
-def _refuse_other_kinds(file: GGUFFile) -> None:
-    kind = text_value(file.metadata, "general.type")
-    if kind == "adapter" or any(LORA.match(name) for name in file.tensors):
-        raise _other_kind(file, "a LoRA", "put it into models/loras and load it with a LoRA loader")
-    if kind in VISION_TYPES or any(VISION_TOWER.match(name) for name in file.tensors):
-        raise _other_kind(
-            file,
-            "the vision part (mmproj) of a text encoder",
-            "choose the text encoder here and this file as mmproj",
-        )
-    if any(CHECKPOINT.match(name) for name in file.tensors):
-        raise _other_kind(
-            file, "a diffusion model or a whole checkpoint", "choose a file that holds only the text encoder"
-        )
-
-
-def _other_kind(file: GGUFFile, found: str, hint: str) -> FileFormatError:
-    architecture = text_value(file.metadata, "general.architecture")
-    known_as = f" ({architecture})" if architecture and architecture.isidentifier() else ""
-    return FileFormatError(file.path, f"the file is {found}{known_as}, expected a text encoder", hint)

@@ -112,14 +112,34 @@ FAMILIES = {
 LLAMA_CPP = re.compile(r"(enc\.|dec\.)?blk\.\d+\.")
 # Files of other converters keep the original names; what comes before them is a checkpoint's prefix.
 ORIGINAL = re.compile(
-    r"(?:.*?\.)??(?=text_model\.(?:encoder|embeddings)\."
+    r"(?:.*?\.)??(?=text_model\.(?:encoder|embeddings)\.|transformer\.resblocks\.\d+\."
     r"|encoder\.block\.\d+\.layer\.\d+\.SelfAttention\.|model\.layers\.\d+\.(?:self_attn|mlp|input_layernorm)\.)"
 )
+# What is found where a text encoder was expected.
 CHECKPOINT = re.compile(r"(model\.diffusion_model|first_stage_model|vae)\.")
+DENOISER = re.compile(
+    r"((model|net|diffusion_model|transformer|unet)\.)?"
+    r"((double|single|double_stream|single_stream|joint|input|output|down|up|transformer|single_transformer"
+    r"|joint_transformer|double_transformer)_blocks|blocks|(double|single)_layers|(noise|context)_refiner)\.\d+\."
+)
+ADAPTER = re.compile(r".*\.(lora_(a|b|up|down|A|B)(\.\w+)?|hada_w\d_[ab]|lokr_w\d(_[ab])?)$")
+PROJECTIONS = ("text_embedding_projection.",)
+# Linear layers of language models and T5 by what they lead to, for files that do not tell their shapes.
+FROM_HIDDEN = (
+    *(f".SelfAttention.{part}.weight" for part in "qkv"),
+    *(f".{part}_proj.weight" for part in ("q", "k", "v", "up", "gate")),
+    *(f".DenseReluDense.{part}.weight" for part in ("wi", "wi_0", "wi_1")),
+)
+TO_HIDDEN = (
+    ".SelfAttention.o.weight",
+    ".DenseReluDense.wo.weight",
+    ".o_proj.weight",
+    ".down_proj.weight",
+)
 
 # Read by ComfyUI's models themselves instead of through its operations, or too small to matter.
 DIRECT_TENSORS = re.compile(
-    r".*(position_embedding\.weight|pos_embed\.weight|in_proj_weight|text_projection|relative_attention_bias\.weight)$"
+    r".*(position_embedding\.weight|pos_embed\.weight|text_projection|relative_attention_bias\.weight)$"
 )
 
 QUERY_KEY = re.compile(r".*\.self_attn\.([qk])_proj\.(weight|bias)$")

@@ -69,6 +69,31 @@ def encode(clip: Any, prompt: str = PROMPT, **options: Any) -> torch.Tensor:
     return found.get("conditioning_llama3", found["cond"])
 
 
+class SmallCLIP:
+    """ComfyUI's CLIP text model, CLIP-L or CLIP-G by its number of layers, with a narrow configuration."""
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+
+    def __init__(self, comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        import comfy.clip_model
+
+        build = comfy.clip_model.CLIPTextModel.__init__
+        self.comfy = comfy
+
+        def narrow(model: Any, config: dict[str, Any], *args: Any) -> None:
+            build(model, {**config, **self.sizes}, *args)
+
+        monkeypatch.setattr(comfy.clip_model.CLIPTextModel, "__init__", narrow)
+
+    def weights(self, config: str, seed: int = 0) -> dict[str, torch.Tensor]:
+        """config: name of ComfyUI's JSON file. Matrices of Linear layers lie on the grid of Q8_0."""
+        settings = json.loads((Path(self.comfy.sd.__file__).parent / config).read_text())
+        module = self.comfy.clip_model.CLIPTextModel(
+            settings, torch.float32, "meta", self.comfy.ops.manual_cast
+        )
+        return random_weights(module, "Q8_0", seed)
+
+
 class SmallT5:
     """ComfyUI's T5 with another configuration."""
 

@@ -1,9 +1,7 @@
-"""What surrounds the weights of text encoders: mixing files, LoRA, memory, refusals before anything is loaded."""
+"""What surrounds the weights of text encoders: mixing files, LoRA, memory, progress."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_text_encoders import (
+    SmallCLIP,
     SmallT5,
-    add_vocabulary,
     detect_as,
     encode,
     load_dense,
     load_packed,
-    random_weights,
-    tiny_sentencepiece,
 )
-from text_encoder_files import add, finish, write_mmproj, write_text_encoder
+from text_encoder_files import add, finish, write_text_encoder
 
 PROMPT = "a fox under the moon"
 Files = tuple[Path, Path]
@@ -115,20 +111,16 @@ def test_progress_reaches_the_end(t5: Files, comfy: Any) -> None:
     assert [value for value, _ in seen] == sorted(value for value, _ in seen)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mixed", ["CLIP-L as GGUF", "T5 as GGUF", "both as GGUF"])
-def test_flux_pair_of_any_mix(mixed: str, t5: Files, comfy: Any, tmp_path: Path) -> None:
-    """CLIP-L (its full size) and T5, each as GGUF or float16 safetensors."""
-    import json
-
+def test_flux_pair_of_any_mix(
+    mixed: str, t5: Files, comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CLIP-L and T5, each as GGUF or float16 safetensors."""
     from snug.nodes.adapter.text_encoders import load_text_encoders
 
-    folder = Path(comfy.sd.__file__).parent
-    config = json.loads((folder / "sd1_clip_config.json").read_text())
-    module = comfy.clip_model.CLIPTextModel(config, torch.float32, "meta", comfy.ops.manual_cast)
     weights = {
         name: tensor.half().float()
-        for name, tensor in random_weights(module, "F16").items()
+        for name, tensor in SmallCLIP(comfy, monkeypatch).weights("sd1_clip_config.json").items()
         if name != "text_projection.weight"
     }
     dense = tmp_path / "clip_l.safetensors"
@@ -145,124 +137,6 @@ def test_flux_pair_of_any_mix(mixed: str, t5: Files, comfy: Any, tmp_path: Path)
     assert wanted[1].std() > 0.01
     for value, target in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, target, rtol=1e-3, atol=1e-3)
-
-
-# ---- refusals -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def nothing_is_loaded(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args: Any, **_options: Any) -> None:
-        raise AssertionError("loaded before it was checked")
-
-    monkeypatch.setattr(comfy.sd, "load_text_encoder_state_dicts", fail)
-    monkeypatch.setattr(comfy.sd, "load_clip", fail)
-
-
-def qwen(tmp_path: Path) -> Path:
-    return write(
-        tmp_path / "qwen.gguf",
-        {
-            "token_embd.weight": torch.zeros(64, 32),
-            "blk.0.attn_k.weight": torch.zeros(512, 32),
-            "blk.0.attn_k.bias": torch.zeros(512),
-        },
-        "qwen2vl",
-    )
-
-
-def refusal(paths: list[Path], clip_type: str, **options: Any) -> str:
-    from snug.nodes.adapter.text_encoders import load_text_encoders
-    from snug.quant_backends.core.errors import SnugError
-
-    with pytest.raises(SnugError) as caught:
-        load_text_encoders([str(path) for path in paths], clip_type, **options)
-    message = str(caught.value)
-    assert "\n" not in message and message.endswith(".")
-    return message
-
-
-def test_wrong_type_names_the_right_one(nothing_is_loaded: None, tmp_path: Path) -> None:
-    message = refusal([qwen(tmp_path)], "sd3")
-    assert "qwen.gguf: this is Qwen2.5-VL 7B" in message
-    assert "choose type qwen_image" in message
-
-
-def test_wrong_type_of_a_safetensors_file(nothing_is_loaded: None, tmp_path: Path) -> None:
-    path = tmp_path / "clip.safetensors"
-    save_file({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2, 2)}, path)
-    assert "this is CLIP-L" in refusal([path], "wan")
-
-
-def test_wrong_partner_and_wrong_number(nothing_is_loaded: None, tmp_path: Path) -> None:
-    clip = tmp_path / "clip.safetensors"
-    save_file({"text_model.encoder.layers.0.mlp.fc1.weight": torch.zeros(2, 2)}, clip)
-    other = qwen(tmp_path)
-    assert "qwen.gguf: this is Qwen2.5-VL 7B" in refusal([clip, other], "flux")
-    assert "takes 2 text encoder files, got 3" in refusal([other] * 3, "flux")
-    assert "Type wan takes 1 text encoder file, got 2" in refusal([other] * 2, "wan")
-
-
-def test_files_of_other_kinds(nothing_is_loaded: None, tmp_path: Path) -> None:
-    flux = write(tmp_path / "flux.gguf", {"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, "flux")
-    assert "Load Diffusion Model (Snug)" in refusal([flux], "flux")
-    dense = tmp_path / "flux.safetensors"
-    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, dense)
-    assert "no text encoder that this ComfyUI knows" in refusal([dense], "stable_diffusion")
-    vision = write(tmp_path / "v.gguf", {"v.blk.0.ln1.weight": torch.zeros(2)}, "clip")
-    assert "choose the text encoder here and this file as mmproj" in refusal([vision], "qwen_image")
-    unknown = write(tmp_path / "new.gguf", {"blk.0.attn_q.weight": torch.zeros(8, 8)}, "qwen3")
-    assert "none of the text encoders that this ComfyUI knows" in refusal([unknown], "sd3")
-    broken = tmp_path / "cut.safetensors"
-    broken.write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    assert "complete .safetensors" in refusal([broken], "sd3")
-
-
-def test_mmproj_of_another_model(nothing_is_loaded: None, tmp_path: Path) -> None:
-    weights = {"merger.mlp.2.weight": torch.zeros(48, 32), "blocks.0.norm1.weight": torch.zeros(32)}
-    part = write_mmproj(tmp_path / "other.gguf", weights, "qwen2.5vl_merger")
-    message = refusal([qwen(tmp_path)], "qwen_image", mmproj=str(part))
-    assert "width 48" in message and "does not belong to qwen.gguf" in message
-    message = refusal([qwen(tmp_path)], "qwen_image", mmproj=str(qwen(tmp_path)))
-    assert "is not the vision part" in message
-
-
-def test_core_quantized_files_are_not_mixed(t5: Files, nothing_is_loaded: None, tmp_path: Path) -> None:
-    clip = tmp_path / "clip.safetensors"
-    name = "text_model.encoder.layers.0.mlp.fc1"
-    save_file(
-        {
-            f"{name}.weight": torch.zeros(2, 2),
-            f"{name}.scale_weight": torch.ones(1),
-            "text_model.final_layer_norm.weight": torch.zeros(2),
-        },
-        clip,
-    )
-    assert "cannot be mixed with GGUF" in refusal([t5[0], clip], "flux")
-
-
-def test_missing_sentencepiece(
-    t5: Files, comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_loaded: None
-) -> None:
-    from snug.nodes.adapter import text_encoder_kinds
-
-    model = tiny_sentencepiece("unigram")
-    monkeypatch.setitem(text_encoder_kinds.KINDS, "T5_XXL", ("UMT5-XXL", ("wan",)))
-    weights = {
-        "shared.weight": torch.zeros(512, 32),
-        "encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(32, 32),
-    }
-    path = write_text_encoder(
-        tmp_path / "umt5.gguf",
-        weights,
-        "t5encoder",
-        setup=lambda writer: add_vocabulary(writer, model, "unigram", 512),
-    )
-    find_spec: Callable[..., Any] = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "sentencepiece" else find_spec(name, *a)
-    )
-    assert "pip install sentencepiece" in refusal([path], "wan")
 
 
 def test_every_type_of_the_tables_is_one_of_comfyuis(comfy: Any) -> None:

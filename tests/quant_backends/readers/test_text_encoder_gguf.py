@@ -131,7 +131,7 @@ def refusals() -> list[Any]:
     checkpoint = {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2)}
     return [
         pytest.param(
-            flux, "flux", "no text encoder that Snug knows.*Load Diffusion Model", id="diffusion model"
+            flux, "flux", "the file is a diffusion model.*Load Diffusion Model", id="diffusion model"
         ),
         pytest.param(checkpoint, "sd1", "whole checkpoint.*only the text encoder", id="checkpoint"),
         pytest.param(vision, "clip", "mmproj.*choose the text encoder here", id="vision part"),
