@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .core.backend import Backend, FileKind, FormatFamily
 from .core.packed import PackedTensor
-from .formats.scaled import BitsAndBytes4Bit, ScaledElements
+from .formats import Format
+from .formats.scaled import BitsAndBytes4Bit, ScaledElements, ScaledFormat
 
 FILES = (FileKind.SAFETENSORS, FileKind.FOLDER)
 
@@ -46,7 +45,7 @@ class BitsAndBytes(Backend):
     )
 
     @classmethod
-    def handles(cls, fmt: Any) -> bool:
+    def handles(cls, fmt: type[Format] | ScaledFormat) -> bool:
         return isinstance(fmt, BitsAndBytes4Bit) or (isinstance(fmt, ScaledElements) and fmt.scb)
 
     @classmethod

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .core.backend import Backend, FileKind, FormatFamily, Status
 from .core.packed import PackedTensor
-from .formats.scaled import ScaledElements
+from .formats import Format
+from .formats.scaled import ScaledElements, ScaledFormat
 
 FLOAT8_DEVICES = "where torch has float8"
 
@@ -50,9 +49,10 @@ class FP8(Backend):
     )
 
     @classmethod
-    def handles(cls, fmt: Any) -> bool:
-        known = isinstance(fmt, ScaledElements) and fmt.stored in ("float8_e4m3fn", "float8_e5m2")
-        return known and fmt.block == (0, 0) and not (fmt.zero or fmt.scb)
+    def handles(cls, fmt: type[Format] | ScaledFormat) -> bool:
+        if not isinstance(fmt, ScaledElements) or fmt.zero or fmt.scb:
+            return False
+        return fmt.stored in ("float8_e4m3fn", "float8_e5m2") and fmt.block == (0, 0)
 
     @classmethod
     def decode(cls, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:

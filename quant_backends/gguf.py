@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .core.backend import Backend, FileKind, FormatFamily
 from .core.packed import PackedTensor
 from .formats import FORMATS, Format
+from .formats.scaled import ScaledFormat
 
 # Models are made of these; the integer types and F64 of GGUF hold other things.
 TYPES = tuple(
@@ -36,8 +35,8 @@ class GGUF(Backend):
     )
 
     @classmethod
-    def handles(cls, fmt: Any) -> bool:
-        return isinstance(fmt, type) and issubclass(fmt, Format)
+    def handles(cls, fmt: type[Format] | ScaledFormat) -> bool:
+        return isinstance(fmt, type)
 
     @classmethod
     def decode(cls, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .core.backend import Backend, FileKind, FormatFamily
 from .core.packed import PackedTensor
-from .formats.scaled import QuantoGroups, ScaledElements
+from .formats import Format
+from .formats.scaled import QuantoGroups, ScaledElements, ScaledFormat
 
 WRITERS = "optimum-quanto, diffusers"
 FILES = (FileKind.SAFETENSORS, FileKind.FOLDER)
@@ -53,11 +52,10 @@ class Quanto(Backend):
     )
 
     @classmethod
-    def handles(cls, fmt: Any) -> bool:
-        if isinstance(fmt, QuantoGroups):
-            return True
-        whole = isinstance(fmt, ScaledElements) and fmt.block in ((0, 0), (1, 0))
-        return whole and fmt.stored != "uint8" and not (fmt.zero or fmt.scb)
+    def handles(cls, fmt: type[Format] | ScaledFormat) -> bool:
+        if isinstance(fmt, ScaledElements):
+            return fmt.block in ((0, 0), (1, 0)) and fmt.stored != "uint8" and not (fmt.zero or fmt.scb)
+        return isinstance(fmt, QuantoGroups)
 
     @classmethod
     def decode(cls, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
@@ -84,6 +82,7 @@ class Quanto(Backend):
                 parts["shift"].view(groups, 1),
             )
             return tensor.dequantize().to(dtype)
+        assert isinstance(fmt, ScaledElements)
         by_row = fmt.block == (1, 0)
         scale = parts["scale"].view(-1, *[1] * (len(shape) - 1)) if by_row else parts["scale"].view(())
         qtype = quanto.qtypes["qint8" if fmt.stored == "int8" else f"q{fmt.stored}"]

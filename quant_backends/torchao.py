@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from .core.backend import Backend, FileKind, FormatFamily, Status
 from .core.packed import PackedTensor
-from .formats.scaled import ScaledElements
+from .formats import Format
+from .formats.scaled import ScaledElements, ScaledFormat
 from .formats.scaled_base import rows_and_columns
 from .formats.scaled_elements import STORED
 
@@ -55,13 +54,14 @@ class TorchAO(Backend):
     )
 
     @classmethod
-    def handles(cls, fmt: Any) -> bool:
+    def handles(cls, fmt: type[Format] | ScaledFormat) -> bool:
         stored = ("int8", "float8_e4m3fn", "float8_e5m2")
         return isinstance(fmt, ScaledElements) and fmt.stored in stored and not fmt.scb
 
     @classmethod
     def decode(cls, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
         quantization, fmt = cls.library("quantization"), packed.format
+        assert isinstance(fmt, ScaledElements)
         sizes = rows_and_columns(packed.shape)
         block = [block or size for block, size in zip(fmt.block, sizes, strict=True)]
         grid = [-(-size // step) for size, step in zip(sizes, block, strict=True)]

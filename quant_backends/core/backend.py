@@ -18,6 +18,8 @@ import torch
 from .errors import SnugError
 
 if TYPE_CHECKING:
+    from ..formats.base import Format
+    from ..formats.scaled_base import ScaledFormat
     from .packed import PackedTensor
 
 BACKENDS: dict[str, type[Backend]] = {}
@@ -93,8 +95,8 @@ class Backend:
         )
 
     @classmethod
-    def handles(cls, fmt: Any) -> bool:
-        """Whether the library can decode this format (a ggml Format class or a ScaledFormat value)."""
+    def handles(cls, fmt: type[Format] | ScaledFormat) -> bool:
+        """Whether the library can decode this format."""
         raise NotImplementedError
 
     @classmethod

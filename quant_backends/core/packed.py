@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,7 @@ from .errors import SnugError
 
 if TYPE_CHECKING:
     from ..formats.base import Format
+    from ..formats.scaled_base import ScaledFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class PackedTensor:
 
     data: for a ggml format uint8, 1-D, `format.nbytes(shape)` bytes, rows one after the other as in the file;
         for a scaled format whatever that format says.
-    format: a ggml Format class, or a ScaledFormat value (Any: most callers have the former and need not ask).
+    format: a ggml Format class, or a ScaledFormat value.
     shape: the logical shape in torch order (the quantized dimension is the last one).
     parts: a scaled format's scales and the like, by name; empty for ggml formats, whose blocks hold them.
 
@@ -29,7 +30,7 @@ class PackedTensor:
     """
 
     data: torch.Tensor
-    format: type[Format] | Any
+    format: type[Format] | ScaledFormat
     shape: tuple[int, ...]
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 

@@ -11,7 +11,7 @@ import torch
 
 from ..core.errors import FileFormatError
 from ..core.packed import PackedTensor
-from ..kernels.dequantize import dequantize
+from ..kernels.dequantize import dequantize, dequantize_packed
 from .gguf_file import GGUFFile
 from .gguf_values import shown
 from .model_kind import text_value
@@ -137,9 +137,4 @@ def _concatenated(parts: list[Tensor]) -> Tensor:
         rows = sum(part.shape[0] for part in packed)
         data = torch.cat([part.data for part in packed])
         return PackedTensor(data, packed[0].format, (rows, *packed[0].shape[1:]))
-    return torch.cat(
-        [
-            dequantize(part.data, part.format, part.shape) if isinstance(part, PackedTensor) else part
-            for part in parts
-        ]
-    )
+    return torch.cat([dequantize_packed(part) if isinstance(part, PackedTensor) else part for part in parts])

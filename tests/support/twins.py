@@ -14,7 +14,7 @@ import torch
 from native_quantizer import native_quantizer
 from safetensors.torch import load_file, save_file
 from snug.quant_backends.core.packed import PackedTensor
-from snug.quant_backends.kernels.dequantize import dequantize
+from snug.quant_backends.kernels.dequantize import dequantize_packed
 from snug.quant_backends.readers import load_diffusion_gguf
 from snug.quant_backends.writers.gguf_file import write_gguf
 
@@ -51,5 +51,5 @@ def make_twins(source: Path, folder: Path, format: str) -> Twins:
 
 def _dense(tensor: PackedTensor | torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, PackedTensor):
-        return dequantize(tensor.data, tensor.format, tensor.shape)
+        return dequantize_packed(tensor)
     return tensor.float().clone()

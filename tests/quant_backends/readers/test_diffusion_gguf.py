@@ -13,7 +13,7 @@ import pytest
 import torch
 from snug.quant_backends.core.errors import FileFormatError
 from snug.quant_backends.core.packed import PackedTensor
-from snug.quant_backends.kernels.dequantize import dequantize
+from snug.quant_backends.kernels.dequantize import dequantize_packed
 from snug.quant_backends.readers import GGUFFile, load_diffusion_gguf
 
 gguf = pytest.importorskip("gguf")
@@ -109,7 +109,7 @@ def test_original_shape_of_a_quantized_convolution(write_gguf: Callable[..., Pat
     )
     packed = load_diffusion_gguf(path).state_dict[name]
     assert isinstance(packed, PackedTensor) and packed.shape == weight.shape
-    ours = dequantize(packed.data, packed.format, packed.shape, torch.float32)
+    ours = dequantize_packed(packed)
     theirs = gguf.dequantize(gguf.GGUFReader(path).tensors[0].data, gguf.GGMLQuantizationType.Q4_0)
     np.testing.assert_array_equal(ours.numpy(), theirs.reshape(weight.shape))
 

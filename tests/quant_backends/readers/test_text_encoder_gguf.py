@@ -11,14 +11,14 @@ import pytest
 import torch
 from snug.quant_backends.core.errors import FileFormatError
 from snug.quant_backends.core.packed import PackedTensor
-from snug.quant_backends.kernels.dequantize import dequantize
+from snug.quant_backends.kernels.dequantize import dequantize_packed
 from snug.quant_backends.readers import open_text_encoder_gguf, open_vision_gguf
 from text_encoder_files import add, finish, snap, write_mmproj, write_text_encoder
 
 
 def dense(tensor: PackedTensor | torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, PackedTensor):
-        return dequantize(tensor.data, tensor.format, tensor.shape)
+        return dequantize_packed(tensor)
     return tensor
 
 
