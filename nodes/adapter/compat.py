@@ -11,6 +11,8 @@ from typing import Any, Literal
 import comfy.ldm.flux.layers
 import comfy.model_management
 import comfy.ops
+import comfy.quant_ops
+import comfy.utils
 import torch
 
 logger = logging.getLogger("snug")
@@ -30,6 +32,16 @@ def is_dynamic(patcher: Any) -> bool:
 def is_low_vram_patch(function: Any) -> bool:
     """Whether core attached this weight function to merge a LoRA into an offloaded weight."""
     return getattr(function, "is_lowvram_patch", type(function).__name__ == "LowVramPatch")
+
+
+def core_quantization(per_layer: bool) -> frozenset[str]:
+    """The quantized formats that this ComfyUI itself loads.
+
+    per_layer: described beside each weight rather than in the file's metadata, which 0.3.75 does not read.
+    """
+    if per_layer and not hasattr(comfy.utils, "convert_old_quants"):
+        return frozenset()
+    return frozenset(comfy.quant_ops.QUANT_ALGOS)
 
 
 @lru_cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeGuard
 
 import torch
@@ -25,6 +24,17 @@ from ...quant_backends.kernels.linear import linear
 from ...quant_backends.kernels.traced import traced_dequantize
 
 LAYOUT_NAME = "snug.Packed"
+# Every name that a scaled format gives to one of its parts.
+PART_NAMES = (
+    "scale",
+    "zero",
+    "shift",
+    "absmax",
+    "quant_map",
+    "nested_absmax",
+    "nested_quant_map",
+    "nested_offset",
+)
 
 
 class PackedLayout(QuantizedLayout):
@@ -32,8 +42,8 @@ class PackedLayout(QuantizedLayout):
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
-        """format: a name for `format_called`. The tensors, None where the format has no such part, are the
-        parts of a PackedTensor by their names (`scale` is the base's field).
+        """format: a name for `format_called`. The tensors are the parts of a PackedTensor, None where the format has
+        no such part: one field for each of PART_NAMES (`scale` is the base's).
         """
 
         scale: torch.Tensor | None
@@ -46,10 +56,10 @@ class PackedLayout(QuantizedLayout):
         nested_quant_map: torch.Tensor | None = None
         nested_offset: torch.Tensor | None = None
 
-        @cached_property
+        @property
         def parts(self) -> dict[str, torch.Tensor]:
-            found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-            return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+            found = {name: getattr(self, name) for name in PART_NAMES}
+            return {name: part for name, part in found.items() if part is not None}
 
         def _tensor_fields(self) -> list[str]:
             return list(self.parts)
@@ -66,7 +76,6 @@ class PackedLayout(QuantizedLayout):
             if self.__dict__.pop("_shares", False):  # what another weight uses must not be overwritten
                 for name, part in self.parts.items():
                     object.__setattr__(self, name, torch.empty_like(part))
-                self.__dict__.pop("parts")
             super().copy_from(src, non_blocking)
 
     @classmethod
@@ -141,7 +150,15 @@ def with_dtype(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
 def unpack(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight decoded to a plain tensor of `dtype`, rounded once."""
     if torch.compiler.is_compiling():
-        return traced_dequantize(packed_tensor(weight), dtype)
+        params, parts = weight.params, weight.params.parts
+        return traced_dequantize(
+            weight._qdata,
+            list(parts.values()),
+            " ".join(parts),
+            params.format,
+            list(params.orig_shape),
+            dtype,
+        )
     return dequantize_packed(packed_tensor(weight), dtype)
 
 
@@ -154,6 +171,8 @@ def warm_up(weight: QuantizedTensor, device: torch.device) -> None:
 
 def packed_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x @ weight.T + bias, calculated in x's dtype; x [..., in], weight [out, in], bias [out] or None."""
+    if torch.compiler.is_compiling():
+        return torch.nn.functional.linear(x, unpack(weight, x.dtype), bias)
     return linear(x, packed_tensor(weight), bias)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import comfy.sd
@@ -14,8 +15,13 @@ from safetensors import SafetensorError
 from ...quant_backends.core.errors import FileFormatError
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.readers import LoadedTensors, load_diffusion_gguf
+from ...quant_backends.readers.diffusion_safetensors import load_diffusers_folder, load_diffusion_safetensors
+from ...quant_backends.readers.gguf_file import looks_like_gguf
+from ...quant_backends.readers.model_kind import refuse_other_kinds
+from ...quant_backends.readers.safetensors_file import SafetensorsFile
 from .compat import flux_qk_norm, supported_arguments
 from .core_errors import is_about_the_file, summary
+from .core_formats import is_for_core
 from .layout import pack
 from .operations import build_operations
 from .packed_module import LoadSettings, set_compute_dtype
@@ -31,15 +37,23 @@ UNDECIDED_DTYPE = torch.bfloat16
 
 
 def load_diffusion_model(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False) -> Any:
-    """Load a `.gguf` with packed weights, or any other file with ComfyUI's own loader.
+    """Load a diffusion model: quantized weights stay packed; what ComfyUI alone knows, its own loader takes.
 
+    path: a GGUF or safetensors file of any convention, or a folder in diffusers' layout.
     compute_dtype: a key of COMPUTE_DTYPES. disable_dynamic: core asks for it when a model must not use
     dynamic VRAM (torch.compile, hooks).
     Returns a ModelPatcher. Raises FileFormatError when the file is damaged or no diffusion model that this
     ComfyUI knows.
     """
-    load = _load_gguf if path.lower().endswith(".gguf") else _load_with_core
-    patcher = load(path, disable_dynamic)
+    # Two passes over the bytes: reading (most is only mapped, some is decoded) and building the model.
+    bar = comfy.utils.ProgressBar(2 * _nbytes(path))
+    tensors = open_tensors(path, lambda done, _total: bar.update_absolute(done))
+    patcher = (
+        _load_with_core(path, disable_dynamic)
+        if tensors is None
+        else _build(path, tensors, LoadSettings(on_weight=bar.update), disable_dynamic)
+    )
+    bar.update_absolute(bar.total)
     dtype = COMPUTE_DTYPES[compute_dtype]
     if dtype is not None:
         patcher.set_model_compute_dtype(dtype)
@@ -48,6 +62,29 @@ def load_diffusion_model(path: str, compute_dtype: str = "auto", disable_dynamic
     # How newer ComfyUI builds this model again when it needs one without dynamic VRAM.
     patcher.cached_patcher_init = (load_diffusion_model, (path, compute_dtype))
     return patcher
+
+
+def open_tensors(path: str, progress: Callable[[int, int], None] | None = None) -> LoadedTensors | None:
+    """The tensors of a diffusion model under ComfyUI's names; None for files that ComfyUI's own loader takes.
+
+    progress: called with (bytes done, bytes in all). Raises FileFormatError as `load_diffusion_model` does.
+    """
+    if os.path.isdir(path):
+        return load_diffusers_folder(path, flux_qk_norm(), progress)
+    if looks_like_gguf(path):
+        return load_diffusion_gguf(path, flux_qk_norm(), progress)
+    file = SafetensorsFile(path)
+    refuse_other_kinds(file.path, file.tensors, file.metadata)
+    if is_for_core(file):
+        return None
+    return load_diffusion_safetensors(file, flux_qk_norm())
+
+
+def _nbytes(path: str) -> int:
+    """Size of a file; of a folder that of the files in it."""
+    if not os.path.isdir(path):
+        return os.path.getsize(path) if os.path.exists(path) else 0
+    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
 
 
 def _load_with_core(path: str, disable_dynamic: bool) -> Any:
@@ -64,20 +101,15 @@ def _load_with_core(path: str, disable_dynamic: bool) -> Any:
         ) from error
 
 
-def _load_gguf(path: str, disable_dynamic: bool) -> Any:
-    # Two passes over the bytes: reading (most is only mapped, some is decoded) and building the model.
-    bar = comfy.utils.ProgressBar(2 * os.path.getsize(path))
-    tensors = load_diffusion_gguf(path, flux_qk_norm(), lambda done, _total: bar.update_absolute(done))
-    logger.info("%s: %s", os.path.basename(path), _format_summary(tensors))
-
+def _build(path: str, tensors: LoadedTensors, settings: LoadSettings, disable_dynamic: bool) -> Any:
+    logger.info("%s: %s", os.path.basename(path), format_summary(tensors))
     state_dict = {
         name: pack(tensor, UNDECIDED_DTYPE) if isinstance(tensor, PackedTensor) else tensor
         for name, tensor in tensors.state_dict.items()
     }
-    settings = LoadSettings(on_weight=bar.update)
     options = supported_arguments(
         comfy.sd.load_diffusion_model_state_dict,
-        metadata=_model_config(tensors),
+        metadata=model_config(tensors),
         disable_dynamic=disable_dynamic,
     )
     try:
@@ -88,38 +120,33 @@ def _load_gguf(path: str, disable_dynamic: bool) -> Any:
         if not is_about_the_file(error):
             raise
         raise _unsupported(path, tensors, f"its tensors do not fit the model ({summary(error)})") from error
-    except (
-        AttributeError
-    ) as error:  # core's conversion of diffusers' names calculates on the weights in place
-        raise _unsupported(
-            path, tensors, "its tensors have names that ComfyUI can only convert unquantized"
-        ) from error
+    except AttributeError as error:  # core converts some names by calculating on the weights in place
+        problem = "its tensors have names that ComfyUI can only convert unquantized"
+        raise _unsupported(path, tensors, problem) from error
     if patcher is None:
         raise _unsupported(path, tensors, "its tensors match none of the models that this ComfyUI knows")
-    bar.update_absolute(bar.total)
-    settings.on_weight = _ignore
+    settings.on_weight = ignore
     return adopt(patcher)
 
 
-def _ignore(_nbytes: int) -> None:
+def ignore(_nbytes: int) -> None:
     """Progress of a load that is over."""
 
 
-def _model_config(tensors: LoadedTensors) -> dict[str, str] | None:
+def model_config(tensors: LoadedTensors) -> dict[str, str] | None:
     """Model settings that the file carries (LTX-Video writes its JSON under `config`)."""
     config = tensors.metadata.get("config")
     return {"config": config} if isinstance(config, str) else None
 
 
-def _format_summary(tensors: LoadedTensors) -> str:
+def format_summary(tensors: LoadedTensors) -> str:
     counts = ", ".join(f"{count} x {name}" for name, count in sorted(tensors.format_counts.items()))
-    return f"architecture {tensors.architecture or 'not named'}, tensors: {counts}"
+    return f"{tensors.kind}; tensors: {counts}"
 
 
 def _unsupported(path: str, tensors: LoadedTensors, problem: str) -> FileFormatError:
-    named = f"'{tensors.architecture}'" if tensors.architecture else "not named in the file"
     return FileFormatError(
         path,
-        f"this GGUF file (architecture {named}) cannot be used as a diffusion model: {problem}",
+        f"this file ({tensors.kind}) cannot be used as a diffusion model: {problem}",
         "update ComfyUI if the model is newer than it, or choose a diffusion model of a supported architecture",
     )

@@ -16,7 +16,6 @@ from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
 from ..formats.scaled_base import ScaledFormat
 from .dequantize import SCRATCH_BYTES, dequantize_packed
-from .traced import traced_dequantize
 
 # Weights in one decoded tile, 8 MiB of float32. Half of it makes K-quants up to a third slower, for their many
 # small operations and the narrow matmuls; twice of it no longer stays in the cache with its intermediates.
@@ -33,8 +32,6 @@ def linear(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = No
 
     weight: on x's device; decoded to x's dtype. Differentiable with respect to x and bias.
     """
-    if torch.compiler.is_compiling():
-        return F.linear(x, traced_dequantize(weight, x.dtype), bias)
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     decode = None if x.device.type != "cpu" or needs_grad else _row_decoder(weight)
     if decode is None:

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ from ..kernels.dequantize import dequantize
 from .diffusion_tables import DIRECT_WEIGHTS
 from .gguf_file import GGUFFile
 from .gguf_tensors import TensorInfo
-from .gguf_values import Metadata
+from .gguf_values import shown
 from .model_kind import refuse_other_kinds, text_value
 from .repairs import (
     diffusion_names,
@@ -36,16 +36,15 @@ class LoadedTensors:
     """A diffusion model as it comes out of its file.
 
     state_dict: model name to PackedTensor (quantized) or torch.Tensor (plain types and what had to be
-    decoded);
-        nearly all are views of the file, nothing is read until it is used.
-    architecture: `general.architecture`, only a hint; None when absent.
+        decoded); nearly all are views of the file, nothing is read until it is used.
+    kind: what sort of file it was, with what it calls its architecture where it does: "GGUF, architecture flux".
     metadata: everything else the file says, decoded on look-up (`config` of LTX-Video is JSON text).
-    format_counts: ggml type name to number of tensors in the file that belong to the model.
+    format_counts: format name to number of tensors in the file.
     """
 
     state_dict: dict[str, PackedTensor | torch.Tensor]
-    architecture: str | None
-    metadata: Metadata
+    kind: str
+    metadata: Mapping[str, Any]
     format_counts: Mapping[str, int]
 
 
@@ -80,10 +79,16 @@ def load_diffusion_gguf(
             progress(done, total)
     return LoadedTensors(
         state_dict=rename_qk_norms(tensors, qk_norm) if qk_norm else tensors,
-        architecture=text_value(file.metadata, "general.architecture"),
+        kind=f"GGUF, architecture {_architecture(file)}",
         metadata=file.metadata,
         format_counts=Counter(info.format.name for info in infos.values()),
     )
+
+
+def _architecture(file: GGUFFile) -> str:
+    """`general.architecture`, which is only a hint: often missing, sometimes wrong."""
+    found = text_value(file.metadata, "general.architecture")
+    return shown(found) if found else "not named"
 
 
 def _load(file: GGUFFile, info: TensorInfo, name: str, shape: tuple[int, ...]) -> PackedTensor | torch.Tensor:

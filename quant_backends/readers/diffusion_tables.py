@@ -13,11 +13,16 @@ COMPANIONS = re.compile(
     r"|(alphas|betas|log_one|sqrt_|posterior_)[a-z_]*$"
 )
 
-# The names llama.cpp's converters give to language models, and the original ones of T5 and CLIP.
+# The names llama.cpp's converters give to language models, and the original ones of T5, CLIP and language models.
 TEXT_ENCODER = re.compile(
     r"(enc\.|dec\.)?blk\.\d+\.attn_|token_embd\.weight$"
     r"|(encoder|decoder)\.block\.\d+\.layer\.\d+\.\w*Attention\."
-    r"|text_model\.encoder\.layers\."
+    r"|text_model\.encoder\.layers\.|transformer\.resblocks\."
+    r"|(language_)?model\.(language_model\.)?layers\.\d+\.self_attn\.[qkvo]_proj\."
+)
+CONTROLNET = re.compile(
+    r"control_model\.|controlnet_(cond_embedding|blocks|down_blocks|single_blocks|x_embedder)\."
+    r"|(input_hint_block|zero_convs)\."
 )
 VISION_TOWER = re.compile(r"v\.(blk\.\d+|patch_embd|post_ln)\.|mm\.\d+\.")
 LORA = re.compile(r".*\.lora_(a|b|up\.weight|down\.weight|A\.weight|B\.weight)$")

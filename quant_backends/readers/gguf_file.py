@@ -28,7 +28,7 @@ import torch
 from ..core.errors import FileFormatError
 from .gguf_tensors import MIN_TENSOR_BYTES, TensorInfo, read_tensor_infos
 from .gguf_values import REDOWNLOAD, ByteCursor, Metadata
-from .mapped_file import FOREIGN_MAGICS, map_file
+from .mapped_file import FOREIGN_MAGICS, map_file, mapped_bytes, writable
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
@@ -42,6 +42,17 @@ MERGE_SPLITS = "merge the parts into one file with 'llama-gguf-split --merge' an
 _SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 
 
+def looks_like_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one by its first bytes or, failing that, by its name; False when it cannot be opened."""
+    if os.fspath(path).lower().endswith(".gguf"):
+        return True
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 @final
 class GGUFFile:
     """A GGUF file, opened and checked; the tensors stay on disk until their bytes are touched.
@@ -49,10 +60,10 @@ class GGUFFile:
     Attributes: `path`, `version` (2 or 3), `alignment` (bytes), `metadata` (lazy mapping), `tensors` (by
     name, in the order of the file).
 
-    The mapping is private and copy-on-write: writing to a tensor never reaches the file. It lives as long as
-    this object or any tensor read from it; leaving a `with` block only drops this object's own hold on it. As
-    with any memory mapping, a file that another program shortens while it is in use ends the process
-    (SIGBUS); replacing a file by renaming another over it is safe.
+    The mapping is private: writing to a plain tensor never reaches the file, and packed ones are not to be written
+    (on Windows they cannot be). It lives as long as this object or any tensor read from it; leaving a `with`
+    block only drops this object's own hold on it. As with any memory mapping, a file that another program shortens
+    while it is in use ends the process (SIGBUS); replacing a file by renaming another over it is safe.
 
     Raises `FileFormatError` when the file is missing, unreadable, not GGUF, of another byte order or version,
     one part of a split model, or inconsistent in any way.
@@ -80,7 +91,8 @@ class GGUFFile:
             raise ValueError(f"{self.path.name} is closed: read '{name}' before leaving the with block")
         if info.nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)  # frombuffer refuses to make empty tensors
-        return torch.frombuffer(self._bytes, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        data = mapped_bytes(self._bytes, info.offset, info.nbytes)
+        return data if info.format.dtype is None else writable(data)
 
     def close(self) -> None:
         """Drop this object's hold on the mapping; tensors and metadata already handed out stay valid."""

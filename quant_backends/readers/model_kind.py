@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import FileFormatError
-from .diffusion_tables import COMPANIONS, LORA, TEXT_ENCODER, VAE, VAE_DECODER, VISION_TOWER
-from .gguf_values import Metadata
+from .diffusion_tables import COMPANIONS, CONTROLNET, LORA, TEXT_ENCODER, VAE, VAE_DECODER, VISION_TOWER
 
 VISION_TYPES = ("mmproj", "clip-vision")
 
 
-def text_value(metadata: Metadata, key: str) -> str | None:
+def text_value(metadata: Mapping[str, Any], key: str) -> str | None:
     """The text stored under `key`; None when the key is absent or holds something else."""
     value = metadata.get(key)
     return value if isinstance(value, str) else None
 
 
-def refuse_other_kinds(path: Path, names: Collection[str], metadata: Metadata) -> None:
-    """Raise FileFormatError when a file is a text encoder, a vision tower, a LoRA or an autoencoder.
+def refuse_other_kinds(path: Path, names: Collection[str], metadata: Mapping[str, Any]) -> None:
+    """Raise FileFormatError when a file is a text encoder, vision tower, LoRA, ControlNet or autoencoder.
 
     Names decide before `general.architecture` does, which is often missing or wrong.
     """
@@ -27,7 +27,7 @@ def refuse_other_kinds(path: Path, names: Collection[str], metadata: Metadata) -
     architecture = text_value(metadata, "general.architecture")
     known_as = f" ({architecture})" if architecture and architecture.isidentifier() else ""
     if kind == "adapter" or any(LORA.match(name) for name in names):
-        _refuse(path, f"a LoRA{known_as}", "put it into models/loras and load it with a LoRA loader")
+        _refuse(path, f"a LoRA{known_as}", "put it into models/loras and load it with Load LoRA (Snug)")
     if kind in VISION_TYPES or any(VISION_TOWER.match(name) for name in names):
         _refuse(
             path,
@@ -40,6 +40,8 @@ def refuse_other_kinds(path: Path, names: Collection[str], metadata: Metadata) -
             f"a text encoder{known_as}",
             "put it into models/text_encoders and load it with Load Text Encoders (Snug)",
         )
+    if any(CONTROLNET.match(name) for name in names):
+        _refuse(path, f"a ControlNet{known_as}", "put it into models/controlnet and use Load ControlNet (Snug)")
     if any(VAE_DECODER.match(name) for name in names) and all(VAE.match(name) for name in names):
         _refuse(path, f"a VAE{known_as}", "put it into models/vae and load it with a VAE loader")
     if all(COMPANIONS.match(name) for name in names):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_files import KINDS, quantized_twins
 from tiny import make_tiny_model, use_comfyui
 from twins import Twins, make_twins
 
@@ -30,7 +31,7 @@ def unload(comfy: ModuleType) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def twins(comfy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Twins]:
-    """twins(family, format) makes both files once per session."""
+    """twins(family, format) makes both files once per session; format: a ggml type, or a kind of quantized_files."""
     made: dict[tuple[str, str], Twins] = {}
     folder = tmp_path_factory.mktemp("twins")
 
@@ -39,7 +40,8 @@ def twins(comfy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callab
             source = folder / f"{family}.safetensors"
             if not source.exists():
                 make_tiny_model(family, source)
-            made[family, format] = make_twins(source, folder, format)
+            write = quantized_twins if format in KINDS else make_twins
+            made[family, format] = write(source, folder, format)
         return made[family, format]
 
     return make

@@ -9,7 +9,7 @@ import torch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["Q4_0", "Q4_K"])
+@pytest.mark.parametrize("format", ["Q4_0", "Q4_K", "nf4-nested", "fp8-rows"])
 def test_compile(format: str, twins: Any, model: Any) -> None:
     """Through AOTAutograd (every backend but "eager"), with no more graph breaks than the dense model."""
     import comfy.model_management

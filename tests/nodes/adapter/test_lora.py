@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from quantized_files import KINDS
 
 TOLERANCE = 0.01  # of the change that the LoRA makes
+# GGUF, on linear layers and on convolutions, and what every library writes.
+EVERY_FORMAT = [("sd3", "Q4_0"), ("sd15", "Q8_0"), *(("sd3", kind) for kind in KINDS)]
 
 
 def load_whole(patcher: Any) -> None:
@@ -61,9 +64,9 @@ def change(
 
 
 @pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("family", ["sd3", "sd15"])
-def test_one_lora(family: str, load: Callable[[Any], None], request: Any, model: Any) -> None:
-    pair = request.getfixturevalue(family)
+@pytest.mark.parametrize(("family", "format"), EVERY_FORMAT)
+def test_one_lora(family: str, format: str, load: Callable[[Any], None], twins: Any, model: Any) -> None:
+    pair = twins(family, format).load()
     packed, dense = change(pair, [(model.make_lora(pair[0].model, 1), 0.8)], load, model)
     assert dense.abs().max() > 0.05
     assert model.relative_error(packed, dense) < TOLERANCE
@@ -79,9 +82,12 @@ def test_two_loras(sd3: Any, load: Callable[[Any], None], model: Any) -> None:
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_changed_and_removed_lora(sd3: Any, load: Callable[[Any], None], model: Any) -> None:
+@pytest.mark.parametrize(("family", "format"), EVERY_FORMAT)
+def test_changed_and_removed_lora(
+    family: str, format: str, load: Callable[[Any], None], twins: Any, model: Any
+) -> None:
     """As between two runs of a workflow: the same loaded model, other patches."""
-    packed, dense = sd3
+    packed, dense = twins(family, format).load()
     lora = model.make_lora(packed.model, 3)
     load(packed)
     plain = model.run(packed)
