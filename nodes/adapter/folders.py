@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Any
 
 import folder_paths
 
 from ...quant_backends.core.errors import SnugError
+from ...quant_backends.readers.diffusers_layout import list_diffusers_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +61,43 @@ def register() -> None:
 
 
 def diffusion_model_files() -> list[str]:
-    """Names of the diffusion-model files that Snug can load, relative to their folders, sorted."""
-    return DIFFUSION_MODELS.files()
+    """Names of the diffusion models that Snug can load, relative to their folders, sorted.
+
+    A folder in diffusers' layout is listed as one entry that ends in "/", in place of the files in it.
+    """
+    folders = [f"{name}/" for root in _diffusers_roots() for name in list_diffusers_folders(root)]
+    single = [
+        name for name in DIFFUSION_MODELS.files() if not name.replace("\\", "/").startswith(tuple(folders))
+    ]
+    return sorted({*single, *folders})
 
 
 def find_diffusion_model(name: str) -> str:
-    """Full path of a listed file. Raises SnugError when it is gone."""
+    """Full path of a listed file or folder. Raises SnugError when it is gone."""
+    if name.endswith("/"):
+        inside = os.path.relpath(os.path.join("/", name), "/")  # as ComfyUI keeps names inside their root
+        for root in _diffusers_roots() if inside != os.curdir else ():
+            if os.path.isdir(os.path.join(root, inside)):
+                return os.path.join(root, inside)
     return DIFFUSION_MODELS.find(name)
+
+
+def _diffusers_roots() -> list[str]:
+    """Where folders in diffusers' layout are looked for: among the models, and where ComfyUI has them."""
+    known = folder_paths.folder_names_and_paths
+    return [root for key in (DIFFUSION_MODELS.key, "diffusers") if key in known for root in known[key][0]]
+
+
+def files_of(path: str) -> list[str]:
+    """The files that a model consists of: the path itself, or everything in a folder."""
+    if not os.path.isdir(path):
+        return [path]
+    return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+
+
+def state_on_disk(path: str) -> tuple[Any, ...]:
+    """Changes when a file does, or one of the files of a folder."""
+    return tuple((file, (stat := os.stat(file)).st_mtime_ns, stat.st_size) for file in files_of(path))
 
 
 def text_encoder_files() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from ...quant_backends.readers.safetensors_file import SafetensorsFile
 from .compat import flux_qk_norm, supported_arguments
 from .core_errors import is_about_the_file, summary
 from .core_formats import is_for_core
+from .folders import files_of
 from .layout import pack
 from .operations import build_operations
 from .packed_module import LoadSettings, set_compute_dtype
@@ -30,6 +32,9 @@ from .patcher import adopt
 logger = logging.getLogger("snug")
 
 COMPUTE_DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# One file of a model that diffusers has split; its folder is the model.
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$", re.IGNORECASE)
 
 # Packed weights show this dtype while ComfyUI chooses the model's: bfloat16 lets it take the one that the
 # architecture prefers on this device (float16 would be taken as the file's own wish).
@@ -46,7 +51,7 @@ def load_diffusion_model(path: str, compute_dtype: str = "auto", disable_dynamic
     ComfyUI knows.
     """
     # Two passes over the bytes: reading (most is only mapped, some is decoded) and building the model.
-    bar = comfy.utils.ProgressBar(2 * _nbytes(path))
+    bar = comfy.utils.ProgressBar(2 * sum(os.path.getsize(file) for file in files_of(path)))
     tensors = open_tensors(path, lambda done, _total: bar.update_absolute(done))
     patcher = (
         _load_with_core(path, disable_dynamic)
@@ -71,6 +76,8 @@ def open_tensors(path: str, progress: Callable[[int, int], None] | None = None) 
     """
     if os.path.isdir(path):
         return load_diffusers_folder(path, flux_qk_norm(), progress)
+    if SHARD.search(path):
+        return load_diffusers_folder(os.path.dirname(path), flux_qk_norm(), progress)
     if looks_like_gguf(path):
         return load_diffusion_gguf(path, flux_qk_norm(), progress)
     file = SafetensorsFile(path)
@@ -78,13 +85,6 @@ def open_tensors(path: str, progress: Callable[[int, int], None] | None = None) 
     if is_for_core(file):
         return None
     return load_diffusion_safetensors(file, flux_qk_norm())
-
-
-def _nbytes(path: str) -> int:
-    """Size of a file; of a folder that of the files in it."""
-    if not os.path.isdir(path):
-        return os.path.getsize(path) if os.path.exists(path) else 0
-    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
 
 
 def _load_with_core(path: str, disable_dynamic: bool) -> Any:

@@ -58,6 +58,36 @@ def test_key_of_another_pack_is_not_disturbed(folders: Any, tmp_path: Path) -> N
     assert "c.GGUF" in diffusion_model_files()
 
 
+def test_folders_in_diffusers_layout(folders: Any, tmp_path: Path) -> None:
+    """Each is one entry, in place of the files in it, also where ComfyUI keeps whole pipelines."""
+    from snug.nodes.adapter.folders import (
+        diffusion_model_files,
+        find_diffusion_model,
+        register,
+        state_on_disk,
+    )
+    from snug.quant_backends.core.errors import SnugError
+
+    folders.folder_names_and_paths["diffusers"] = ([str(tmp_path / "pipelines")], ["folder"])
+    register()
+    for name in ("sub/flux", "pipelines/flux pipeline/transformer"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+        (folder / "diffusion_pytorch_model.safetensors").write_bytes(b"1234")
+    (tmp_path / "pipelines" / "flux pipeline" / "model_index.json").write_text("{}")
+    names = diffusion_model_files()
+    assert "sub/flux/" in names and "flux pipeline/" in names
+    assert not any("diffusion_pytorch_model" in name for name in names)
+    found = find_diffusion_model("flux pipeline/")
+    before = state_on_disk(found)
+    (Path(found) / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345")
+    assert state_on_disk(found) != before
+    for gone in ("gone/", "../", "sub/../../"):
+        with pytest.raises(SnugError, match="was not found"):
+            find_diffusion_model(gone)
+
+
 def test_text_encoders(folders: Any, tmp_path: Path) -> None:
     from snug.nodes.adapter.folders import find_text_encoder, register, text_encoder_files
     from snug.quant_backends.core.errors import SnugError
