@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def load_text_encoders(
     known_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
     vision = choose_mmproj([encoder.gguf for encoder in encoders if encoder.gguf], mmproj)
     if all(_is_for_core(encoder) for encoder in encoders):
-        return _load_with_core(paths, known_type, disable_dynamic)
+        return _load_with_core(encoders, known_type, disable_dynamic)
     _refuse_core_formats(encoders)
     bar = comfy.utils.ProgressBar(2 * sum(encoder.file.nbytes for encoder in encoders))
     reader = _Progress(bar)
@@ -88,7 +89,7 @@ def load_text_encoders(
         if vision is not None and encoder.file is vision.encoder:
             state_dict.update(_packed(vision.gguf.state_dict()))
     loaded = {name for state_dict in state_dicts for name in state_dict}
-    clip = _build(paths, state_dicts, known_type, LoadSettings(on_weight=reader), disable_dynamic)
+    clip = _build(encoders, state_dicts, known_type, LoadSettings(on_weight=reader), disable_dynamic)
     guard_missing_vision(clip.cond_stage_model, loaded)
     adopt(clip.patcher)
     set_compute_dtype(clip.cond_stage_model, COMPUTE_DTYPE)
@@ -174,11 +175,19 @@ def _refuse_core_formats(encoders: Sequence[_Encoder]) -> None:
 
 
 @contextmanager
-def _errors_named(paths: Sequence[str]) -> Iterator[None]:
+def _errors_named(encoders: Sequence[_Encoder]) -> Iterator[None]:
     """Turns what ComfyUI raises about these files into one sentence."""
-    names = " and ".join(Path(path).name for path in paths)
+    names = " and ".join(Path(encoder.path).name for encoder in encoders)
     try:
         yield
+    except (TypeError, ValueError, AttributeError, ImportError) as error:
+        # ComfyUI 0.3.75 builds Mistral's tokenizer with parts of transformers that newer ones have changed.
+        if not _is_in_tokenizer(error):
+            raise
+        raise SnugError(
+            f"This ComfyUI cannot build the tokenizer of {names} with the installed transformers "
+            f"({summary(error)}); update ComfyUI."
+        ) from error
     except RuntimeError as error:
         if not is_about_the_file(error):
             raise
@@ -188,11 +197,17 @@ def _errors_named(paths: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
-def _load_with_core(paths: Sequence[str], clip_type: Any, disable_dynamic: bool) -> Any:
+def _is_in_tokenizer(error: Exception) -> bool:
+    functions = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any("tokenizer" in name.lower() for name in functions)
+
+
+def _load_with_core(encoders: Sequence[_Encoder], clip_type: Any, disable_dynamic: bool) -> Any:
     options = supported_arguments(comfy.sd.load_clip, disable_dynamic=disable_dynamic)
     embeddings = folder_paths.get_folder_paths("embeddings")
-    with _errors_named(paths):
-        return comfy.sd.load_clip(list(paths), embedding_directory=embeddings, clip_type=clip_type, **options)
+    paths = [encoder.path for encoder in encoders]
+    with _errors_named(encoders):
+        return comfy.sd.load_clip(paths, embedding_directory=embeddings, clip_type=clip_type, **options)
 
 
 def _state_dict(encoder: _Encoder, progress: _Progress) -> dict[str, Any]:
@@ -217,7 +232,7 @@ def _packed(tensors: dict[str, PackedTensor | torch.Tensor]) -> dict[str, Any]:
 
 
 def _build(
-    paths: Sequence[str],
+    encoders: Sequence[_Encoder],
     state_dicts: list[dict[str, Any]],
     clip_type: Any,
     settings: LoadSettings,
@@ -231,7 +246,7 @@ def _build(
         # from the logical size otherwise, and build the model on the GPU before there are weights.
         "initial_device": torch.device("cpu"),
     }
-    with _errors_named(paths):
+    with _errors_named(encoders):
         return load(
             state_dicts,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),

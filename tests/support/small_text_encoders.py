@@ -49,7 +49,12 @@ def random_weights(module: torch.nn.Module, format: str, seed: int = 0) -> dict[
 
 
 def text_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in weights.items() if not name.startswith("visual.")}
+    """What the text encoder's own file holds; the output layer without the name that ComfyUI nests it in."""
+    return {
+        name.replace("model.lm_head.", "lm_head."): tensor
+        for name, tensor in weights.items()
+        if not name.startswith("visual.")
+    }
 
 
 def load_dense(comfy: Any, path: Path, clip_type: str) -> Any:
