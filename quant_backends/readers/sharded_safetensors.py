@@ -70,7 +70,7 @@ class ShardedSafetensors(SafetensorsFile):
     def _open(self, names: Sequence[str]) -> dict[str, SafetensorsFile]:
         if len(names) > MAX_SHARDS:
             self.fail(f"the index names {len(names)} files, expected at most {MAX_SHARDS}")
-        missing = [name for name in names if not (self.path.parent / name).is_file()]
+        missing = sorted(name for name in names if not (self.path.parent / name).is_file())
         if missing:
             more = f" and {len(missing) - 2} more" if len(missing) > 2 else ""
             self.fail(
