@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from comfy_server import ComfyServer
+from quantized_files import KINDS, quantized_twins
 from tiny import make_tiny_model, use_comfyui
 from twins import Twins, make_twins
 
@@ -48,13 +49,17 @@ def source(comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 
 @pytest.fixture
 def twins(source: Callable[[str], Path], comfy_server: ComfyServer) -> Iterator[Callable[[str, str], Twins]]:
-    """twins(family, format) puts both files into the server's model folder, for one test."""
+    """twins(family, format) puts both files into the server's model folder, for one test.
+
+    format: a ggml type, or a kind of quantized_files.
+    """
     folder = comfy_server.base / "models" / "diffusion_models"
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Twins] = []
 
     def make(family: str, format: str) -> Twins:
-        made.append(make_twins(source(family), folder, format))
+        write = quantized_twins if format in KINDS else make_twins
+        made.append(write(source(family), folder, format))
         return made[-1]
 
     yield make

@@ -1,4 +1,4 @@
-"""Every family samples from GGUF in the real ComfyUI, and gives the latents of its dense twin."""
+"""Every family samples from quantized files in the real ComfyUI, and gives the latents of its dense twin."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from comfy_server import ComfyServer
 from native_quantizer import AVAILABLE, MISSING
+from quantized_files import KINDS
 from tiny import FAMILIES
 from twins import Twins
 from workflows import build_workflow, saved_latent
@@ -27,6 +28,27 @@ def test_latents_equal_the_dense_twin(
 ) -> None:
     if format in ("Q4_K", "IQ4_XS") and not AVAILABLE:
         pytest.skip(MISSING)
+    compare(family, format, twins, comfy_server)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["flux", "sd3", "wan"])
+def test_quantized_safetensors(
+    family: str, kind: str, twins: Callable[[str, str], Twins], comfy_server: ComfyServer
+) -> None:
+    """Every convention, written by its own library."""
+    compare(family, kind, twins, comfy_server)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8", "quanto-int8", "torchao-int8"])
+def test_sdxl_of_every_library(
+    kind: str, twins: Callable[[str, str], Twins], comfy_server: ComfyServer
+) -> None:
+    """One kind of each library: the smallest SDXL takes seconds to quantize."""
+    compare("sdxl", kind, twins, comfy_server)
+
+
+def compare(family: str, format: str, twins: Callable[[str, str], Twins], comfy_server: ComfyServer) -> None:
     pair = twins(family, format)
     outputs = comfy_server.run(build_workflow(family, "snug", pair.gguf.name, model_info=True))
     packed = saved_latent(comfy_server, outputs)

@@ -52,8 +52,17 @@ def count_tensors(module: torch.nn.Module) -> dict[str, dict[str, int]]:
         totals = kinds.setdefault(_kind(tensor), {"count": 0, "weights": 0, "bytes": 0})
         totals["count"] += 1
         totals["weights"] += tensor.numel()
-        totals["bytes"] += tensor.nbytes
+        totals["bytes"] += _nbytes(tensor)
     return kinds
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """Of a quantized tensor its codes and whatever lies beside them."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return tensor.nbytes
+    inner, _ = flatten()
+    return sum(getattr(tensor, name).nbytes for name in inner)
 
 
 def _kind(tensor: torch.Tensor) -> str:
