@@ -107,9 +107,10 @@ class BitsAndBytes4Bit(ScaledFormat):
         absmax = parts["absmax"].view(-1)[begin:end]
         if not self.nested:
             return absmax.float()
-        owners = torch.arange(begin, end, device=absmax.device) // self.nested
-        values = parts["nested_quant_map"].view(-1)[absmax.int()]
-        return values.mul_(parts["nested_absmax"].view(-1)[owners]).add_(parts["nested_offset"].view(()))
+        owners = torch.arange(begin, end, dtype=torch.int32, device=absmax.device) // self.nested
+        values = torch.index_select(parts["nested_quant_map"].view(-1), 0, absmax.int())
+        scales = torch.index_select(parts["nested_absmax"].view(-1), 0, owners)
+        return values.mul_(scales).add_(parts["nested_offset"].view(()))
 
 
 def _pairs(quant_map: torch.Tensor, scratch: Scratch) -> torch.Tensor:
