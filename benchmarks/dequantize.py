@@ -1,4 +1,4 @@
-"""Decoding packed weights on the CPU: Snug beside the gguf package's numpy and, if given, another node pack.
+"""Decoding packed weights on the CPU: Snug beside the libraries of each format and, if given, another node pack.
 
     python benchmarks/dequantize.py --cols 3072 12288 --threads 1 2 --peer path/to/ComfyUI-GGUF/dequant.py \
         --markdown benchmarks/results/dequantize-cpu.md --json benchmarks/results/dequantize-cpu.json
@@ -7,6 +7,9 @@ Each round runs every contender once on the same random bytes, in turn, and the 
 Every contender allocates its result; numpy's float32 result is converted with torch where another dtype is wanted.
 The peer decodes in float32 as Snug does (its own default, the stored float16, is not exact); types that it would
 hand to the gguf package are left out. The results are compared before anything is timed.
+
+Scaled formats are decoded by the library that writes them as well, through `quant_backends`, from the same tensors
+(random codes, scales in the type of the result, bitsandbytes' in float32).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,12 +32,17 @@ import numpy as np
 import torch
 from report import add_output_arguments, command_line, environment, heading, save, table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from snug_path import register_snug
+for folder in ("scripts", "tests/support"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / folder))
+from snug_path import register_snug  # noqa: E402
 
 register_snug()
+from random_packed import random_packed  # noqa: E402
+from snug.quant_backends.core.backend import Backend  # noqa: E402
 from snug.quant_backends.formats import FORMATS, Format  # noqa: E402
-from snug.quant_backends.kernels.dequantize import dequantize  # noqa: E402
+from snug.quant_backends.formats.scaled import scaled_format  # noqa: E402
+from snug.quant_backends.kernels.dequantize import dequantize, dequantize_packed  # noqa: E402
+from snug.quant_backends.registry import BACKENDS  # noqa: E402
 
 Contenders = dict[str, Callable[[], torch.Tensor]]
 
@@ -67,11 +75,36 @@ def contenders(
     return found
 
 
-def check(runs: Contenders) -> None:
-    """Raise unless all results are the same (a NaN equals a NaN)."""
-    results = [run() for run in runs.values()]
+def scaled_formats() -> list[tuple[type[Backend], str]]:
+    """Every scaled format in the registry with each library that decodes it."""
+    found = [
+        (backend, name)
+        for backend in BACKENDS.values()
+        for family in backend.families
+        for name in family.examples
+        if name not in FORMATS
+    ]
+    return [(backend, name) for backend, name in found if backend.handles(scaled_format(name))]
+
+
+def scaled_contenders(
+    backend: type[Backend], name: str, shape: tuple[int, int], dtype: torch.dtype
+) -> Contenders:
+    """What decodes random codes of one scaled format; Snug last."""
+    packed = random_packed(name, shape, torch.float32 if backend.name == "bitsandbytes" else dtype)
+    return {
+        "library": lambda: backend.dequantize(packed, dtype),
+        "snug": lambda: dequantize_packed(packed, dtype),
+    }
+
+
+def check(runs: Contenders, steps: int = 0) -> None:
+    """Raise unless all results are the same (a NaN equals a NaN), up to `steps` units in the last place."""
+    results = [run().nan_to_num() for run in runs.values()]
     for name, result in zip(runs, results, strict=True):
-        if not torch.equal(result.nan_to_num(), results[-1].nan_to_num()):
+        limits = torch.finfo(result.dtype)
+        tolerance = {"rtol": steps * limits.eps, "atol": steps * limits.tiny}
+        if not torch.allclose(result, results[-1], **tolerance):
             raise SystemExit(f"{name} differs from Snug: the table would compare different things")
 
 
@@ -95,35 +128,60 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         torch.set_num_threads(threads)
         for columns in arguments.cols:
             for name in arguments.dtype:
-                shape = (arguments.rows, columns)
+                shape, dtype = (arguments.rows, columns), getattr(torch, name)
                 times = {}
-                for fmt in formats:
-                    runs = contenders(fmt, shape, getattr(torch, name), peer)
+                for fmt in formats if "ggml" in arguments.kinds else ():
+                    runs = contenders(fmt, shape, dtype, peer)
                     check(runs)
                     times[fmt.name] = medians(runs, arguments.rounds)
-                yield {"threads": threads, "shape": shape, "dtype": name, "milliseconds": times}
+                scaled = {}
+                for backend, scaled_name in scaled_formats() if "scaled" in arguments.kinds else ():
+                    runs = scaled_contenders(backend, scaled_name, shape, dtype)
+                    check(runs, steps=2)
+                    scaled[f"{scaled_name} / {backend.package}"] = medians(runs, arguments.rounds)
+                yield {
+                    "threads": threads,
+                    "shape": shape,
+                    "dtype": name,
+                    "milliseconds": times,
+                    "scaled": scaled,
+                }
 
 
-def record_table(record: dict[str, Any]) -> str:
-    """One record in Markdown: a row per format."""
+def record_tables(record: dict[str, Any]) -> str:
+    """One record in Markdown: a row per format, ggml's and scaled ones apart."""
     rows, columns = record["shape"]
-    lines = []
-    for name, times in record["milliseconds"].items():
-        snug = times["snug"]
-        cells = [f"{times[key]:.1f}" if key in times else "–" for key in ("numpy", "peer")]
-        ratios = [f"{times[key] / snug:.1f}" if key in times else "–" for key in ("numpy", "peer")]
-        lines.append([name, *cells, f"{snug:.1f}", f"{rows * columns / snug / 1e6:.2f}", *ratios])
-    header = [
-        "type",
-        "gguf numpy ms",
-        "peer ms",
-        "Snug ms",
-        "Snug G weights/s",
-        "numpy / Snug",
-        "peer / Snug",
-    ]
     title = f"### {rows} x {columns} to {record['dtype']}, threads: {record['threads']}"
-    return f"{title}\n\n{table(header, lines)}"
+    weights = rows * columns / 1e6
+    parts = [title]
+    if record["milliseconds"]:
+        header = (
+            "type",
+            "gguf numpy ms",
+            "peer ms",
+            "Snug ms",
+            "Snug G weights/s",
+            "numpy / Snug",
+            "peer / Snug",
+        )
+        parts.append(_table(header, record["milliseconds"], ("numpy", "peer"), weights))
+    if record["scaled"]:
+        header = ("format / library", "library ms", "Snug ms", "Snug G weights/s", "library / Snug")
+        parts.append(_table(header, record["scaled"], ("library",), weights))
+    return "\n\n".join(parts)
+
+
+def _table(
+    header: Sequence[str], times: dict[str, dict[str, float]], others: Sequence[str], weights: float
+) -> str:
+    """weights: millions in each matrix."""
+    lines = []
+    for name, found in times.items():
+        snug = found["snug"]
+        cells = [f"{found[key]:.1f}" if key in found else "–" for key in others]
+        ratios = [f"{found[key] / snug:.1f}" if key in found else "–" for key in others]
+        lines.append([name, *cells, f"{snug:.1f}", f"{weights / snug:.2f}", *ratios])
+    return table(header, lines)
 
 
 def main() -> None:
@@ -140,20 +198,23 @@ def main() -> None:
     parser.add_argument(
         "--types", nargs="+", default=[], choices=FORMATS, metavar="TYPE", help="default: all"
     )
+    parser.add_argument(
+        "--kinds", nargs="+", default=["ggml", "scaled"], choices=["ggml", "scaled"], help="default: both"
+    )
     parser.add_argument("--peer", help="dequant.py of a ComfyUI-GGUF checkout")
     add_output_arguments(parser)
     arguments = parser.parse_args()
 
     command = command_line(peer="ComfyUI-GGUF/dequant.py")
-    facts = environment("numpy", "gguf")
+    facts = environment("numpy", "gguf", "bitsandbytes", "torchao", "optimum-quanto")
     text = heading("Decoding packed weights on the CPU", command, facts)
     print(text)
     records = []
     with np.errstate(all="ignore"):  # random bytes hold infinite scales
         for record in measure(arguments):
             records.append(record)
-            print(record_table(record) + "\n", flush=True)
-            text += "\n" + record_table(record) + "\n"
+            print(record_tables(record) + "\n", flush=True)
+            text += "\n" + record_tables(record) + "\n"
     save(arguments, text, {"command": command, "environment": facts, "tables": records})
 
 
