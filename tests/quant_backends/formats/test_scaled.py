@@ -131,7 +131,8 @@ def test_every_float8_number(stored: str) -> None:
     every = torch.arange(256, dtype=torch.uint8)
     finite = every[every.view(dtype).float().isfinite()]
     for codes in (every, finite):
-        for data in (codes, torch.cat([codes[:1], codes])[1:]):  # at the start of its memory and one byte later
+        # at the start of its memory and one byte later
+        for data in (codes, torch.cat([codes[:1], codes])[1:]):
             packed = PackedTensor(data.view(dtype), scaled_format(f"{stored}-tensor"), data.shape, ONE)
             found, expected = dequantize_packed(packed), data.view(dtype).float()
             assert torch.equal(found.isnan(), expected.isnan())
