@@ -11,11 +11,12 @@ logger = logging.getLogger("snug")
 
 class SnugExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .load_checkpoint import SnugLoadCheckpoint
         from .load_diffusion_model import SnugLoadDiffusionModel
         from .load_lora import SnugLoadLora
         from .load_text_encoders import SnugLoadTextEncoders
 
-        return [SnugLoadDiffusionModel, SnugLoadTextEncoders, SnugLoadLora]
+        return [SnugLoadDiffusionModel, SnugLoadTextEncoders, SnugLoadCheckpoint, SnugLoadLora]
 
 
 def create_extension() -> ComfyExtension:

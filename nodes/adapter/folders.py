@@ -46,6 +46,7 @@ class _Library:
 DIFFUSION_MODELS = _Library("diffusion model", "diffusion_models", "unet_gguf")
 TEXT_ENCODERS = _Library("text encoder", "text_encoders", "clip_gguf")
 LORAS = _Library("LoRA", "loras", "snug_loras_gguf")
+CHECKPOINTS = _Library("checkpoint", "checkpoints", "snug_checkpoints_gguf")
 
 
 def register() -> None:
@@ -55,7 +56,7 @@ def register() -> None:
     through extra_model_paths.yaml are seen as well.
     """
     known = folder_paths.folder_names_and_paths
-    for library in (DIFFUSION_MODELS, TEXT_ENCODERS, LORAS):
+    for library in (DIFFUSION_MODELS, TEXT_ENCODERS, LORAS, CHECKPOINTS):
         if library.gguf_key not in known:
             known[library.gguf_key] = (known[library.key][0], {".gguf"})
 

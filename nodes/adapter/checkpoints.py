@@ -1,0 +1,156 @@
+"""From an all-in-one checkpoint to ComfyUI's MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from ...quant_backends.core.errors import FileFormatError
+from ...quant_backends.core.packed import PackedTensor
+from ...quant_backends.readers import GGUFFile
+from ...quant_backends.readers.checkpoint_names import DIFFUSION_PREFIX
+from ...quant_backends.readers.checkpoint_parts import (
+    CheckpointParts,
+    open_checkpoint_gguf,
+    open_checkpoint_safetensors,
+)
+from ...quant_backends.readers.gguf_file import looks_like_gguf
+from ...quant_backends.readers.model_kind import refuse_other_kinds
+from ...quant_backends.readers.safetensors_file import SafetensorsFile
+from .compat import flux_qk_norm, supported_arguments
+from .core_errors import is_about_the_file, summary
+from .core_formats import is_for_core
+from .layout import pack
+from .loading import COMPUTE_DTYPES, UNDECIDED_DTYPE, format_summary, ignore, model_config
+from .operations import build_operations
+from .packed_module import LoadSettings, set_compute_dtype
+from .patcher import adopt
+from .text_encoders import COMPUTE_DTYPE as ENCODER_DTYPE
+
+logger = logging.getLogger("snug")
+
+ALL = ("model", "clip", "vae")
+
+
+def load_checkpoint(
+    path: str, compute_dtype: str = "auto", disable_dynamic: bool = False, parts: tuple[str, ...] = ALL
+) -> tuple[Any, Any, Any]:
+    """Load (ModelPatcher, CLIP, VAE): quantized weights stay packed, those of the VAE are decoded.
+
+    As core's loader, a checkpoint without text encoders gives None for CLIP, one without VAE a VAE that says so when
+    it is used. compute_dtype: of the diffusion model, a key of COMPUTE_DTYPES. disable_dynamic: core asks for it
+    when a model must not use dynamic VRAM. parts: what to load, the others are None.
+    Raises FileFormatError when the file is damaged, or no checkpoint that this ComfyUI knows.
+    """
+    # Two passes over the bytes: reading (most is only mapped, some is decoded) and building the models.
+    bar = comfy.utils.ProgressBar(2 * os.path.getsize(path) if os.path.exists(path) else 0)
+    checkpoint = _open(path, lambda done, _total: bar.update_absolute(done))
+    settings = LoadSettings(on_weight=bar.update)
+    model, clip, vae = _build(path, checkpoint, settings, disable_dynamic, parts)
+    settings.on_weight = ignore
+    if model is not None:
+        adopt(model) if checkpoint else None
+        dtype = COMPUTE_DTYPES[compute_dtype]
+        if dtype is not None:
+            model.set_model_compute_dtype(dtype)
+        set_compute_dtype(model.model, dtype or model.model.manual_cast_dtype or model.model.get_dtype())
+        # How newer ComfyUI builds a model again when it needs one without dynamic VRAM or for another device.
+        model.cached_patcher_init = (_load_patcher, (path, compute_dtype, "model"))
+    if clip is not None and checkpoint is not None:
+        adopt(clip.patcher)
+        set_compute_dtype(clip.cond_stage_model, ENCODER_DTYPE)
+        clip.patcher.cached_patcher_init = (_load_patcher, (path, compute_dtype, "clip"))
+    if getattr(vae, "patcher", None) is not None and checkpoint is not None:
+        vae.patcher.cached_patcher_init = (_load_patcher, (path, compute_dtype, "vae"))
+    bar.update_absolute(bar.total)
+    return model, clip, vae
+
+
+def _load_patcher(path: str, compute_dtype: str, part: str, disable_dynamic: bool = False) -> Any:
+    loaded = load_checkpoint(path, compute_dtype, disable_dynamic, (part,))[ALL.index(part)]
+    return loaded if part == "model" else loaded.patcher
+
+
+def _open(path: str, progress: Callable[[int, int], None]) -> CheckpointParts | None:
+    """The parts of a checkpoint; None for files that ComfyUI's own loader takes."""
+    if looks_like_gguf(path):
+        return open_checkpoint_gguf(GGUFFile(path), flux_qk_norm(), progress)
+    file = SafetensorsFile(path)
+    refuse_other_kinds(file.path, file.tensors, file.metadata)
+    return None if is_for_core(file) else open_checkpoint_safetensors(file, flux_qk_norm(), progress)
+
+
+def _build(
+    path: str,
+    checkpoint: CheckpointParts | None,
+    settings: LoadSettings,
+    disable_dynamic: bool,
+    parts: tuple[str, ...],
+) -> tuple[Any, Any, Any]:
+    wanted = {f"output_{part}": part in parts for part in ALL}
+    wanted["embedding_directory"] = folder_paths.get_folder_paths("embeddings")
+    try:
+        if checkpoint is None:
+            load = comfy.sd.load_checkpoint_guess_config
+            options = supported_arguments(load, disable_dynamic=disable_dynamic)
+            found = load(path, **wanted, **options)
+        else:
+            _report(path, checkpoint)
+            found = _build_packed(checkpoint, settings, disable_dynamic, wanted)
+    except (RuntimeError, ValueError, AttributeError) as error:
+        if isinstance(error, RuntimeError) and not is_about_the_file(error):
+            raise  # out of memory, above all, which ComfyUI handles itself
+        raise _unsupported(path, f"ComfyUI cannot load it ({summary(error)})") from error
+    if found is None:
+        raise _unsupported(path, "its tensors match none of the models that this ComfyUI knows")
+    return found[:3]
+
+
+def _build_packed(
+    checkpoint: CheckpointParts, settings: LoadSettings, disable_dynamic: bool, wanted: Mapping[str, Any]
+) -> Any:
+    operations = build_operations(settings)
+    state_dict = {
+        name: pack(value, UNDECIDED_DTYPE if name.startswith(DIFFUSION_PREFIX) else ENCODER_DTYPE)
+        if isinstance(value, PackedTensor)
+        else value
+        for name, value in checkpoint.state_dict().items()
+    }
+    load = comfy.sd.load_state_dict_guess_config
+    return load(
+        state_dict,
+        **wanted,
+        model_options={"custom_operations": operations},
+        te_model_options={
+            "custom_operations": operations,
+            "dtype": ENCODER_DTYPE,  # of norms and biases
+            "initial_device": torch.device("cpu"),  # where the file is mapped
+        },
+        **supported_arguments(
+            load, metadata=model_config(checkpoint.source), disable_dynamic=disable_dynamic
+        ),
+    )
+
+
+def _report(path: str, checkpoint: CheckpointParts) -> None:
+    name = os.path.basename(path)
+    logger.info("%s: %s", name, format_summary(checkpoint.source))
+    if not checkpoint.encoders:
+        logger.warning("%s holds no text encoder: load one with Load Text Encoders (Snug).", name)
+    if not checkpoint.vae:
+        logger.warning("%s holds no VAE: load one with Load VAE.", name)
+
+
+def _unsupported(path: str, problem: str) -> FileFormatError:
+    return FileFormatError(
+        path,
+        f"the file cannot be used as a checkpoint: {problem}",
+        "update ComfyUI if the model is newer than it; text encoders, VAEs and LoRAs have loaders of their own",
+    )
