@@ -13,6 +13,7 @@ from ..core.packed import PackedTensor
 from . import bitsandbytes_keys, fp8_keys, quanto_keys, torchao_keys
 from .core_quant import DESCRIPTION, FLOAT8, core_formats, has_core_formats
 from .key_groups import KeyGroups
+from .mapped_file import writable
 from .safetensors_file import SafetensorsFile
 
 Loader = Callable[[KeyGroups], None]
@@ -112,7 +113,7 @@ def load_quantized(
     )
     plain = Counter(file.tensors[name].dtype_name for name in groups.left)
     for name in [name for name in file.tensors if name in groups.left]:
-        groups.state_dict[name] = groups.take(name)
+        groups.state_dict[name] = writable(groups.take(name))
     return LoadedSafetensors(groups.state_dict, convention, packed + plain, file.metadata, groups.extras)
 
 

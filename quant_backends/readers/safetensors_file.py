@@ -26,7 +26,7 @@ import torch
 from ..core.errors import FileFormatError
 from .gguf_tensors import MAX_DIMS, is_possible
 from .gguf_values import REDOWNLOAD, shown
-from .mapped_file import FOREIGN_MAGICS, map_file
+from .mapped_file import FOREIGN_MAGICS, map_file, mapped_bytes
 
 # The limit of the safetensors library itself.
 MAX_HEADER_BYTES = 100_000_000
@@ -85,11 +85,14 @@ class SafetensorsFile:
         self._refuse_overlaps()
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor in its stored dtype and shape, a view of the file; KeyError for an unknown name."""
+        """The tensor in its stored dtype and shape, a view of the file; KeyError for an unknown name.
+
+        Whoever hands it out as a plain weight passes it through `mapped_file.writable`.
+        """
         info = self.tensors[name]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)  # frombuffer refuses to make empty tensors
-        stored = torch.frombuffer(self._bytes, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        stored = mapped_bytes(self._bytes, info.offset, info.nbytes)
         if info.offset % info.dtype.itemsize:
             stored = stored.clone()  # written by a tool that aligns nothing
         return stored.view(info.dtype).view(info.shape)
