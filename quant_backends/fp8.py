@@ -31,7 +31,7 @@ class FP8(Backend):
             title="Block-scaled FP8",
             convention="scaled-fp8",
             recognised_by="`.weight_scale_inv`, or `.weight_scale` in two dimensions, beside float8",
-            writers="DeepSeek, Qwen, diffusers",
+            writers="DeepSeek, Qwen, transformers",
             files=(FileKind.SAFETENSORS,),
             examples=("float8_e4m3fn-128x128",),
             bits=(8.0, 8.04),

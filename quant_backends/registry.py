@@ -48,7 +48,7 @@ OTHERS: tuple[FormatFamily, ...] = (
         writers="ComfyUI's own conversion scripts",
         files=_SAFETENSORS,
         status=Status.COMFYUI,
-        note="needs a ComfyUI that knows the format",
+        note="FP8 by Snug where ComfyUI does not know it yet, the rest needs a ComfyUI that does",
     ),
     *(
         FormatFamily(
