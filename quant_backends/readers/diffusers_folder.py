@@ -50,6 +50,12 @@ def open_diffusers_folder(
     weights = weights_file(folder)
     file = ShardedSafetensors(weights) if weights.suffix == ".json" else SafetensorsFile(weights)
     loaded = load_quantized(file, _unbiased_shapes(file, config))
+    if loaded.convention.core and not loaded.convention.loaders:
+        formats = ", ".join(sorted(loaded.convention.core_formats)) or "none"
+        file.fail(
+            f"it holds weights in ComfyUI's own formats ({formats}) under diffusers' layout",
+            "choose the single file that ComfyUI's loader takes",
+        )
     if method and loaded.convention.name == "plain":
         file.fail(
             f"the config.json beside it says that it is quantized with {method}, but it has no such weights",
@@ -71,7 +77,9 @@ def _quantization_method(folder: Path, config: Mapping[str, Any]) -> str | None:
         return None
     method = found.get("quant_method", found.get("method")) if isinstance(found, dict) else None
     if not isinstance(method, str):
-        raise FileFormatError(folder, "its config.json has no quant_method in quantization_config", REDOWNLOAD)
+        raise FileFormatError(
+            folder, "its config.json has no quant_method in quantization_config", REDOWNLOAD
+        )
     if method in LOADED_METHODS:
         return method
     reason = REFUSED_METHODS.get(method.lower(), "Snug does not know it")

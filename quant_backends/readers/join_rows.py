@@ -19,7 +19,7 @@ from ..core.errors import SnugError
 from ..core.host_memory import empty
 from ..core.packed import PackedTensor
 from ..kernels.dequantize import dequantize_packed
-from .packed_rows import cat_any, cut_packed, join_packed, joined_shape
+from .packed_rows import cat_rows, cut_packed, join_packed, joined_shape
 
 Value = PackedTensor | torch.Tensor
 
@@ -42,7 +42,7 @@ def join_rows(parts: Sequence[Value]) -> Value:
     packed = [part for part in parts if isinstance(part, PackedTensor)]
     plain = [part for part in parts if isinstance(part, torch.Tensor)]
     if not packed and len({part.dtype for part in plain}) == 1:
-        return cat_any(plain)
+        return cat_rows(plain)
     joined = None if plain else join_packed(packed)
     return _decode(parts) if joined is None else joined
 

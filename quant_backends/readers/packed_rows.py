@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 
+from ..core.host_memory import empty
 from ..core.packed import PackedTensor
-from ..formats.scaled import BitsAndBytes4Bit, QuantoGroups, ScaledElements
+from ..formats.scaled import BitsAndBytes4Bit, QuantoGroups, ScaledElements, ScaledFormat
 from ..formats.scaled_base import rows_and_columns
 
 Shape = tuple[int, ...]
+Kind = TypeVar("Kind", bound=ScaledFormat)
 
 
 def join_packed(parts: Sequence[PackedTensor]) -> PackedTensor | None:
@@ -26,7 +29,7 @@ def join_packed(parts: Sequence[PackedTensor]) -> PackedTensor | None:
     if isinstance(fmt, type):  # ggml: every part is a whole number of blocks
         if any(part.format is not fmt for part in parts):
             return None
-        return PackedTensor(torch.cat([part.data for part in parts]), fmt, shape)
+        return PackedTensor(cat_rows([part.data for part in parts]), fmt, shape)
     # The scaled formats see a vector as one row, so that joining vectors is joining columns.
     join = _JOIN.get(type(fmt)) if len(shape) > 1 else None
     return join(parts, shape) if join else None
@@ -51,37 +54,43 @@ def joined_shape(parts: Sequence[PackedTensor | torch.Tensor]) -> Shape:
     return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
 
-def cat_any(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def cat_rows(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """`torch.cat` along dimension 0 of one dtype, also of those that torch has no arithmetic for (float8)."""
-    first = tensors[0]
-    if first.dtype.itemsize > 1:
-        return torch.cat([*tensors])
-    return torch.cat([tensor.contiguous().view(torch.uint8) for tensor in tensors]).view(first.dtype)
+    dtype = tensors[0].dtype
+    if dtype.itemsize == 1:
+        tensors = [tensor.contiguous().view(torch.uint8) for tensor in tensors]
+    joined = empty(joined_shape(tensors), tensors[0].dtype, tensors[0].device)
+    return torch.cat([*tensors], out=joined).view(dtype)
+
+
+def _options(packed: PackedTensor, kind: type[Kind]) -> Kind:
+    """The format of a tensor that the tables below sent to a function for `kind`."""
+    return cast(Kind, packed.format)
 
 
 def _cat_numbers(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Scales or zero points in one tensor; different dtypes meet in float32, in which all are calculated with."""
     if len({tensor.dtype for tensor in tensors}) > 1:
         tensors = [tensor.float() for tensor in tensors]
-    return cat_any(tensors)
+    return cat_rows(tensors)
 
 
 def _join_elements(parts: Sequence[PackedTensor], shape: Shape) -> PackedTensor | None:
-    first: ScaledElements = parts[0].format
-    kinds = {(part.format.stored, part.format.zero, part.format.scb) for part in parts}
+    first = _options(parts[0], ScaledElements)
+    formats = [_options(part, ScaledElements) for part in parts]
     block = _common_block(parts)
-    if len(kinds) > 1 or block is None:
+    if len({(fmt.stored, fmt.zero, fmt.scb) for fmt in formats}) > 1 or block is None:
         return None
     fmt = ScaledElements(first.stored, block, first.zero, first.scb)
     numbers = {
         name: _cat_numbers([_block_numbers(part, name, block) for part in parts]) for name in first.part_names
     }
-    return PackedTensor(cat_any([part.data.view(part.shape) for part in parts]), fmt, shape, numbers)
+    return PackedTensor(cat_rows([part.data.view(part.shape) for part in parts]), fmt, shape, numbers)
 
 
 def _common_block(parts: Sequence[PackedTensor]) -> tuple[int, int] | None:
     """The block size (rows, columns) that all parts can be told in; None when columns are cut differently."""
-    blocks = {part.format.block for part in parts}
+    blocks = {_options(part, ScaledElements).block for part in parts}
     if len(blocks) == 1:
         ((down, _),) = blocks
         if down and all(part.shape[0] % down == 0 for part in parts[:-1]):
@@ -93,7 +102,7 @@ def _common_block(parts: Sequence[PackedTensor]) -> tuple[int, int] | None:
 def _block_numbers(packed: PackedTensor, name: str, block: tuple[int, int]) -> torch.Tensor:
     """A part as [blocks down, blocks across] of `block`, which is the tensor's own or finer."""
     rows, columns = rows_and_columns(packed.shape)
-    down, across = packed.format.block
+    down, across = _options(packed, ScaledElements).block
     numbers = packed.parts[name].view(-(-rows // down) if down else 1, -1)
     if down != block[0]:
         numbers = numbers.repeat_interleave(down or rows, dim=0)[:rows]
@@ -103,7 +112,7 @@ def _block_numbers(packed: PackedTensor, name: str, block: tuple[int, int]) -> t
 
 
 def _cut_elements(packed: PackedTensor, start: int, stop: int, shape: Shape) -> PackedTensor:
-    fmt: ScaledElements = packed.format
+    fmt = _options(packed, ScaledElements)
     down, across = fmt.block
     aligned = down == 0 or start % down == 0
     block = fmt.block if aligned else (1, across)
@@ -114,10 +123,10 @@ def _cut_elements(packed: PackedTensor, start: int, stop: int, shape: Shape) -> 
 
 
 def _join_4bit(parts: Sequence[PackedTensor], shape: Shape) -> PackedTensor | None:
-    first: BitsAndBytes4Bit = parts[0].format
+    first = _options(parts[0], BitsAndBytes4Bit)
     quant_map = parts[0].parts["quant_map"]
     for part in parts:
-        fmt = part.format
+        fmt = _options(part, BitsAndBytes4Bit)
         if (fmt.quant_type, fmt.block_size) != (first.quant_type, first.block_size):
             return None
         if not torch.equal(part.parts["quant_map"].view(-1), quant_map.view(-1)):
@@ -126,11 +135,11 @@ def _join_4bit(parts: Sequence[PackedTensor], shape: Shape) -> PackedTensor | No
         return None
     numbers = {"absmax": _cat_numbers([_plain_absmax(part) for part in parts]), "quant_map": quant_map}
     fmt = BitsAndBytes4Bit(first.quant_type, first.block_size)
-    return PackedTensor(torch.cat([part.data.view(-1) for part in parts]), fmt, shape, numbers)
+    return PackedTensor(cat_rows([part.data.view(-1) for part in parts]), fmt, shape, numbers)
 
 
 def _cut_4bit(packed: PackedTensor, start: int, stop: int, shape: Shape) -> PackedTensor | None:
-    fmt: BitsAndBytes4Bit = packed.format
+    fmt = _options(packed, BitsAndBytes4Bit)
     columns = math.prod(shape[1:])
     first, last = start * columns, stop * columns
     if first % fmt.block_size:
@@ -147,12 +156,12 @@ def _cut_4bit(packed: PackedTensor, start: int, stop: int, shape: Shape) -> Pack
 def _plain_absmax(packed: PackedTensor) -> torch.Tensor:
     """The absmax of every block. Nested ones are worked out, exactly as decoding does: their scales span blocks of
     256, and their offset belongs to one tensor."""
-    absmax = packed.parts["absmax"].view(-1)
-    return packed.format.plain_absmax(packed.parts, 0, absmax.numel()) if packed.format.nested else absmax
+    fmt, absmax = _options(packed, BitsAndBytes4Bit), packed.parts["absmax"].view(-1)
+    return fmt.plain_absmax(packed.parts, 0, absmax.numel()) if fmt.nested else absmax
 
 
 def _join_groups(parts: Sequence[PackedTensor], shape: Shape) -> PackedTensor | None:
-    fmt: QuantoGroups = parts[0].format
+    fmt = _options(parts[0], QuantoGroups)
     # Integer shifts mean another formula, and products are rounded to the dtype of the scale.
     kinds = {
         (part.format, part.parts["scale"].dtype, part.parts["shift"].dtype.is_floating_point)
@@ -160,7 +169,7 @@ def _join_groups(parts: Sequence[PackedTensor], shape: Shape) -> PackedTensor | 
     }
     if len(kinds) > 1:
         return None
-    codes = torch.cat([_group_codes(part) for part in parts])
+    codes = cat_rows([_group_codes(part) for part in parts])
     numbers = {
         name: _cat_numbers([part.parts[name].view(-1) for part in parts]) for name in ("scale", "shift")
     }
@@ -168,7 +177,7 @@ def _join_groups(parts: Sequence[PackedTensor], shape: Shape) -> PackedTensor | 
 
 
 def _cut_groups(packed: PackedTensor, start: int, stop: int, shape: Shape) -> PackedTensor:
-    fmt: QuantoGroups = packed.format
+    fmt = _options(packed, QuantoGroups)
     begin, end = (row * math.prod(shape[1:]) // fmt.group_size for row in (start, stop))
     numbers = {name: packed.parts[name].view(-1)[begin:end] for name in ("scale", "shift")}
     return PackedTensor(_packed_groups(_group_codes(packed)[begin:end], fmt.bits), fmt, shape, numbers)
@@ -176,7 +185,7 @@ def _cut_groups(packed: PackedTensor, start: int, stop: int, shape: Shape) -> Pa
 
 def _group_codes(packed: PackedTensor) -> torch.Tensor:
     """uint8 [groups, group size], one code each."""
-    fmt: QuantoGroups = packed.format
+    fmt = _options(packed, QuantoGroups)
     planes = packed.data.view(-1, fmt.group_size)
     mask = (1 << fmt.bits) - 1
     codes = torch.cat([(planes >> shift).bitwise_and_(mask) for shift in range(0, 8, fmt.bits)])

@@ -118,9 +118,7 @@ NARROW: dict[str, Mapping[str, Any]] = {
 }
 
 
-def tiny_diffusers_model(
-    family: str, narrow: bool = False, dtype: torch.dtype = torch.float32, **changes: Any
-) -> Any:
+def tiny_diffusers_model(family: str, narrow: bool = False, **changes: Any) -> Any:
     """A model of the family with random weights, biases and norms included; the same each time."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     name, config = CONFIGS[family]
@@ -130,4 +128,4 @@ def tiny_diffusers_model(
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)

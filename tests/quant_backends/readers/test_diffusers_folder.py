@@ -60,7 +60,7 @@ def test_quantized_folders(family: str, kind: str, shards: str, tmp_path: Path) 
     dtype = torch.bfloat16 if kind.startswith("torchao") else torch.float32
     model = tiny_diffusers_model(family, narrow=True).to(dtype)
     expected = save_folder(model, tmp_path / "model", kind, 40_000 if shards == "shards" else 1 << 40)
-    if shards == "shards":
+    if shards == "shards" and kind in ("nf4-nested", "torchao-int8", "quanto-int4"):
         weight_map = json.loads((tmp_path / "model" / INDEX).read_text())["weight_map"]
         layers = {(re.split(r"\._?weight|\.SCB", name)[0], file) for name, file in weight_map.items()}
         assert len(layers) > len({layer for layer, _ in layers}), "parts of a weight lie in two files"
@@ -122,7 +122,10 @@ def place(name: Any) -> Edit:
 
 
 def rewrite(file: str, content: bytes) -> Edit:
-    return lambda folder: (folder / file).write_bytes(content) and None
+    def edit(folder: Path) -> None:
+        (folder / file).write_bytes(content)
+
+    return edit
 
 
 def only(*files: str) -> Edit:
