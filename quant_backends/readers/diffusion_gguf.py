@@ -65,6 +65,19 @@ def load_diffusion_gguf(
     file = GGUFFile(path)
     refuse_other_kinds(file.path, file.tensors.keys(), file.metadata)
     infos = {name: file.tensors[stored] for name, stored in diffusion_names(file.tensors).items()}
+    tensors = load_repaired(file, infos, progress)
+    return LoadedTensors(
+        state_dict=rename_qk_norms(tensors, qk_norm) if qk_norm else tensors,
+        kind=f"GGUF, architecture {_architecture(file)}",
+        metadata=file.metadata,
+        format_counts=Counter(info.format.name for info in infos.values()),
+    )
+
+
+def load_repaired(
+    file: GGUFFile, infos: Mapping[str, TensorInfo], progress: Callable[[int, int], None] | None = None
+) -> dict[str, PackedTensor | torch.Tensor]:
+    """The tensors of a denoiser or ControlNet by their names in the model (`infos`), with their right shapes."""
     shapes = {name: original_shape(file, info) for name, info in infos.items()}
     unfold_conv3d(shapes)
     drop_conv_ones(shapes)
@@ -77,12 +90,7 @@ def load_diffusion_gguf(
         done += info.nbytes
         if progress is not None:
             progress(done, total)
-    return LoadedTensors(
-        state_dict=rename_qk_norms(tensors, qk_norm) if qk_norm else tensors,
-        kind=f"GGUF, architecture {_architecture(file)}",
-        metadata=file.metadata,
-        format_counts=Counter(info.format.name for info in infos.values()),
-    )
+    return tensors
 
 
 def _architecture(file: GGUFFile) -> str:
