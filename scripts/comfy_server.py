@@ -80,6 +80,13 @@ class ComfyServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        """Of the running process; ServerError when there is none."""
+        self._require_running()
+        assert self._process is not None
+        return self._process.pid
+
     # -- life cycle ---------------------------------------------------------------------------------------------
 
     def __enter__(self) -> ComfyServer:
