@@ -7,11 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from .adapter import folders
-from .adapter.loading import COMPUTE_DTYPES, load_diffusion_model
+from .adapter.loading import COMPUTE_DTYPES, load_diffusion_model, summary_for_tooltip
 
 
 class SnugLoadDiffusionModel(io.ComfyNode):
-    """One loader for every diffusion-model file: `.gguf` of any type, `.safetensors` of ComfyUI's own kinds."""
+    """One loader for every diffusion model: `.gguf`, `.safetensors` of any convention, diffusers folders."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -28,8 +28,9 @@ class SnugLoadDiffusionModel(io.ComfyNode):
                     "model_name",
                     options=folders.diffusion_model_files(),
                     tooltip=(
-                        "A .gguf or .safetensors file from models/diffusion_models or models/unet. The "
-                        "architecture is recognised from the file's content, whatever its name."
+                        "A .gguf or .safetensors file from models/diffusion_models or models/unet, or a folder (its "
+                        "name ends in /) in diffusers' layout from there or from models/diffusers. What it is, is read "
+                        f"from its content, whatever its name. Stays packed: {summary_for_tooltip()}."
                     ),
                 ),
                 io.Combo.Input(

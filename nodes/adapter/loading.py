@@ -20,6 +20,7 @@ from ...quant_backends.readers.diffusion_safetensors import load_diffusers_folde
 from ...quant_backends.readers.gguf_file import looks_like_gguf
 from ...quant_backends.readers.model_kind import refuse_other_kinds
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
+from ...quant_backends.registry import summary_for_tooltip
 from .compat import flux_qk_norm, supported_arguments
 from .core_errors import is_about_the_file, summary
 from .core_formats import is_for_core
@@ -28,6 +29,17 @@ from .layout import pack
 from .operations import build_operations
 from .packed_module import LoadSettings, set_compute_dtype
 from .patcher import adopt
+
+__all__ = [
+    "COMPUTE_DTYPES",
+    "UNDECIDED_DTYPE",
+    "format_summary",
+    "ignore",
+    "load_diffusion_model",
+    "model_config",
+    "open_tensors",
+    "summary_for_tooltip",
+]
 
 logger = logging.getLogger("snug")
 

@@ -115,3 +115,16 @@ def test_saved_models_are_dense_and_equal(pair: Any, model: Any) -> None:
         value = saved[f"{name}.weight"]
         assert value.shape == module.weight.shape
         assert torch.equal(value.to("cpu"), module.dense_weight())
+
+
+@every_kind
+def test_weights_pass_through_the_buffers_of_dynamic_vram(pair: Any, model: Any) -> None:
+    """Core gathers a layer's tensors in one buffer of bytes and looks at them there: it must hold all of them."""
+    memory = pytest.importorskip("comfy.memory_management", reason="this ComfyUI has no dynamic VRAM")
+    packed, _ = pair
+    for _, module in model.packed_modules(packed.model):
+        buffer = torch.zeros(memory.vram_aligned_size(module.weight), dtype=torch.uint8)
+        (place,) = memory.interpret_gathered_like([module.weight], buffer)
+        place.copy_(module.weight)
+        (seen,) = memory.interpret_gathered_like([module.weight], buffer)
+        assert torch.equal(seen.dequantize(), module.dense_weight())
