@@ -82,8 +82,10 @@ def sparse(
 def write_gguf(path: Path, architecture: str, names: tuple[str, ...], **metadata: Any) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
-        add = writer.add_uint16 if isinstance(value, int) else writer.add_string
-        add(key.replace("_", "."), value)
+        if isinstance(value, int):
+            writer.add_uint16(key.replace("_", "."), value)
+        else:
+            writer.add_string(key.replace("_", "."), value)
     for name in names:
         writer.add_tensor(name, np.zeros((64, 64), np.float32))
     writer.write_header_to_file()

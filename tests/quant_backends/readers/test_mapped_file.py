@@ -68,7 +68,7 @@ def touch(tensors: Iterable[PackedTensor | torch.Tensor]) -> int:
     """Reads every byte, so that the whole file is resident; returns how many."""
     nbytes = 0
     for tensor in tensors:
-        parts = (tensor.data, *tensor.parts.values()) if isinstance(tensor, PackedTensor) else (tensor,)
+        parts = (tensor,) if isinstance(tensor, torch.Tensor) else (tensor.data, *tensor.parts.values())
         for part in parts:
             part.contiguous().view(-1).view(torch.uint8).sum()
             nbytes += part.nbytes
