@@ -169,35 +169,42 @@ def _join_groups(parts: Sequence[PackedTensor], shape: Shape) -> PackedTensor | 
     }
     if len(kinds) > 1:
         return None
-    codes = cat_rows([_group_codes(part) for part in parts])
     numbers = {
         name: _cat_numbers([part.parts[name].view(-1) for part in parts]) for name in ("scale", "shift")
     }
-    return PackedTensor(_packed_groups(codes, fmt.bits), fmt, shape, numbers)
+    return PackedTensor(_packed_groups(_group_codes(parts), fmt.bits), fmt, shape, numbers)
 
 
 def _cut_groups(packed: PackedTensor, start: int, stop: int, shape: Shape) -> PackedTensor:
     fmt = _options(packed, QuantoGroups)
     begin, end = (row * math.prod(shape[1:]) // fmt.group_size for row in (start, stop))
     numbers = {name: packed.parts[name].view(-1)[begin:end] for name in ("scale", "shift")}
-    return PackedTensor(_packed_groups(_group_codes(packed)[begin:end], fmt.bits), fmt, shape, numbers)
+    return PackedTensor(_packed_groups(_group_codes([packed])[begin:end], fmt.bits), fmt, shape, numbers)
 
 
-def _group_codes(packed: PackedTensor) -> torch.Tensor:
-    """uint8 [groups, group size], one code each."""
-    fmt = _options(packed, QuantoGroups)
-    planes = packed.data.view(-1, fmt.group_size)
-    mask = (1 << fmt.bits) - 1
-    codes = torch.cat([(planes >> shift).bitwise_and_(mask) for shift in range(0, 8, fmt.bits)])
-    return codes[: packed.parts["scale"].numel()]
+def _group_codes(parts: Sequence[PackedTensor]) -> torch.Tensor:
+    """uint8 [groups of all parts, group size], one code each."""
+    fmt = _options(parts[0], QuantoGroups)
+    counts = [part.parts["scale"].numel() for part in parts]
+    codes = empty((sum(counts), fmt.group_size), torch.uint8, parts[0].data.device)
+    for part, place in zip(parts, codes.split(counts), strict=True):
+        rows = part.data.view(-1, fmt.group_size)
+        for plane, chunk in enumerate(place.split(len(rows)) if len(rows) else ()):
+            torch.bitwise_right_shift(rows[: len(chunk)], plane * fmt.bits, out=chunk)
+    return codes.bitwise_and_((1 << fmt.bits) - 1)
 
 
 def _packed_groups(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [ceil(groups * bits / 8), group size]: the first groups in the low bits, the last in the high ones."""
-    rows = -(-len(codes) * bits // 8)
-    packed = torch.zeros((rows, codes.shape[1]), dtype=torch.uint8, device=codes.device)
-    for plane, chunk in enumerate(codes.split(rows) if rows else ()):
-        packed[: len(chunk)] |= chunk << (plane * bits)
+    """uint8 [ceil(groups * bits / 8), group size]: the first groups in the low bits, the last in the high ones.
+
+    The codes are used up.
+    """
+    packed = empty((-(-len(codes) * bits // 8), codes.shape[1]), torch.uint8, codes.device)
+    for plane, chunk in enumerate(codes.split(len(packed)) if len(packed) else ()):
+        if plane:
+            packed[: len(chunk)].bitwise_or_(chunk.bitwise_left_shift_(plane * bits))
+        else:
+            packed.copy_(chunk)
     return packed
 
 
