@@ -24,8 +24,9 @@ from tiny.build import parameter_shapes
 from tiny.weights import random_parameter
 
 GGUF_KINDS = ("Q8_0", "Q4_K")
-# Bytes per weight; NF4 has a float32 scale for every 64 weights.
-KINDS = {"Q8_0": 34 / 32, "Q4_K": 144 / 256, "nf4": 0.5 + 4 / 64, "fp8": 1.0, "bf16": 2.0}
+NF4_BLOCK = 64  # weights to a float32 scale
+# Bytes per weight.
+KINDS = {"Q8_0": 34 / 32, "Q4_K": 144 / 256, "nf4": 0.5 + 4 / NF4_BLOCK, "fp8": 1.0, "bf16": 2.0}
 WIDTH = SIZES["hidden_size"]
 SAMPLE = (2048, WIDTH)  # weights
 # Matrices of a double and of a single block, in WIDTH x WIDTH.
@@ -154,7 +155,7 @@ def _fp8(shapes: Mapping[str, torch.Size], sample: torch.Tensor) -> dict[str, _E
 def _nf4(shapes: Mapping[str, torch.Size], sample: torch.Tensor) -> dict[str, _Entry]:
     from bitsandbytes.functional import quantize_4bit
 
-    values, state = quantize_4bit(sample, blocksize=64, quant_type="nf4", compress_statistics=False)
+    values, state = quantize_4bit(sample, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
     state.dtype = torch.bfloat16  # of the model that was quantized
     entries = {}
     for name, shape in shapes.items():
@@ -165,7 +166,7 @@ def _nf4(shapes: Mapping[str, torch.Size], sample: torch.Tensor) -> dict[str, _E
         parts: dict[str, Any] = {
             f"{name}.{key}": _whole(part) for key, part in state.as_dict(packed=True).items()
         }
-        parts[f"{name}.absmax"] = _Entry((shape.numel() // state.blocksize,), state.absmax)
+        parts[f"{name}.absmax"] = _Entry((shape.numel() // NF4_BLOCK,), state.absmax)
         entries |= {name: _Entry((shape.numel() // 2, 1), values), **parts}
     return entries
 
@@ -196,6 +197,6 @@ def _write_safetensors(path: Path, entries: Mapping[str, _Entry]) -> None:
 
 
 def _write_repeated(file: Any, entry: _Entry) -> None:
-    content = memoryview(entry.content.contiguous().view(-1).view(torch.uint8).numpy())
+    content = memoryview(entry.content.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     for start in range(0, entry.nbytes, len(content)):
         file.write(content[: entry.nbytes - start])
