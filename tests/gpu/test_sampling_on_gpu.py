@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfy_server import ComfyServer
+from quantized_files import KINDS, quantized_twins
 from snug_path import ROOT
 from tiny import make_tiny_lora, make_tiny_model, use_comfyui
 from twins import make_twins
@@ -38,9 +39,11 @@ def server(
         yield server
 
 
-@pytest.fixture(scope="module")
-def sample(server: ComfyServer, comfyui_path: Path) -> Callable[..., torch.Tensor]:
-    """sample("snug" or "dense", LoRAs) of a tiny Flux in Q8_0."""
+@pytest.fixture(scope="module", params=["Q8_0", "nf4", "int8", "fp8", "quanto-int8"])
+def sample(
+    request: pytest.FixtureRequest, server: ComfyServer, comfyui_path: Path
+) -> Callable[..., torch.Tensor]:
+    """sample("snug" or "dense", LoRAs) of a tiny Flux in one format."""
     use_comfyui(comfyui_path)
     models = server.base / "models"
     (models / "loras").mkdir(parents=True, exist_ok=True)
@@ -48,7 +51,8 @@ def sample(server: ComfyServer, comfyui_path: Path) -> Callable[..., torch.Tenso
     make_tiny_model("flux", source)
     make_tiny_lora(source, models / "loras" / "lora.safetensors")
     (models / "diffusion_models").mkdir(exist_ok=True)
-    pair = make_twins(source, models / "diffusion_models", "Q8_0")
+    write = quantized_twins if request.param in KINDS else make_twins
+    pair = write(source, models / "diffusion_models", request.param)
     files = {"snug": pair.gguf.name, "dense": pair.dense.name}
 
     def run(loader: str, *loras: Lora) -> torch.Tensor:
