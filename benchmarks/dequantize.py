@@ -3,7 +3,8 @@
     python benchmarks/dequantize.py --cols 3072 12288 --threads 1 2 --peer path/to/ComfyUI-GGUF/dequant.py \
         --markdown benchmarks/results/dequantize-cpu.md --json benchmarks/results/dequantize-cpu.json
 
-Each round runs every contender once on the same random bytes, in turn, and the median over the rounds counts.
+Each round runs every contender once on the same random bytes, in turn, and the median over the rounds counts, or the
+best one (--statistic best, for machines that do other work meanwhile).
 Every contender allocates its result; numpy's float32 result is converted with torch where another dtype is wanted.
 The peer decodes in float32 as Snug does (its own default, the stored float16, is not exact); types that it would
 hand to the gguf package are left out. The results are compared before anything is timed.
@@ -108,15 +109,18 @@ def check(runs: Contenders, steps: int = 0) -> None:
             raise SystemExit(f"{name} differs from Snug: the table would compare different things")
 
 
-def medians(runs: Contenders, rounds: int) -> dict[str, float]:
-    """Milliseconds of each contender, interleaved."""
+STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {"median": statistics.median, "best": min}
+
+
+def milliseconds(runs: Contenders, arguments: argparse.Namespace) -> dict[str, float]:
+    """The time of each contender over the rounds, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
+    for _ in range(arguments.rounds):
         for name, run in runs.items():
             started = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: STATISTICS[arguments.statistic](values) for name, values in times.items()}
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -133,12 +137,12 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for fmt in formats if "ggml" in arguments.kinds else ():
                     runs = contenders(fmt, shape, dtype, peer)
                     check(runs)
-                    times[fmt.name] = medians(runs, arguments.rounds)
+                    times[fmt.name] = milliseconds(runs, arguments)
                 scaled = {}
                 for backend, scaled_name in scaled_formats() if "scaled" in arguments.kinds else ():
                     runs = scaled_contenders(backend, scaled_name, shape, dtype)
                     check(runs, steps=2)
-                    scaled[f"{scaled_name} / {backend.package}"] = medians(runs, arguments.rounds)
+                    scaled[f"{scaled_name} / {backend.package}"] = milliseconds(runs, arguments)
                 yield {
                     "threads": threads,
                     "shape": shape,
@@ -195,6 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch's threads; numpy uses one")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--statistic", default="median", choices=STATISTICS, help="of the rounds")
     parser.add_argument(
         "--types", nargs="+", default=[], choices=FORMATS, metavar="TYPE", help="default: all"
     )
