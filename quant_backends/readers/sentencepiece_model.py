@@ -22,6 +22,8 @@ from .gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, read_
 
 # TrainerSpec.ModelType by `tokenizer.ggml.model`: T5's is a unigram model, "llama" is byte-pair encoding.
 MODEL_TYPES = {"t5": 1, "llama": 2}
+# What a space is inside SentencePiece; llama.cpp writes user-defined pieces with a plain one.
+SPACE = "\u2581"
 SPECIAL_IDS = {
     "unk": "unknown_token_id",
     "bos": "bos_token_id",
@@ -43,7 +45,11 @@ def build_sentencepiece_model(path: Path, metadata: Metadata) -> bytes:
     if "unk" not in ids and "<unk>" in tokens:
         ids["unk"] = tokens.index("<unk>")
     types = _piece_types(vocabulary.types, ids, is_bpe=not is_t5)
-    pieces = b"".join(map(_piece, tokens, vocabulary.scores, types))
+    texts = [
+        text.replace(" ", SPACE) if kind == USER_DEFINED else text
+        for text, kind in zip(tokens, types, strict=True)
+    ]
+    pieces = b"".join(map(_piece, texts, vocabulary.scores, types))
     trainer = _trainer(MODEL_TYPES[vocabulary.kind], tokens, ids, BYTE in types)
     return pieces + _message(2, trainer) + _message(3, _normalizer(metadata, is_t5))
 

@@ -146,23 +146,6 @@ def tiny_sentencepiece(kind: str) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=target.getvalue())
 
 
-def add_vocabulary(writer: Any, model: Any, kind: str, rows: int) -> None:
-    """As llama.cpp writes a SentencePiece model, padded to the rows of the embedding table."""
-    count = model.get_piece_size()
-    checks = ((2, model.is_unknown), (3, model.is_control), (6, model.is_byte))
-    types = [next((t for t, check in checks if check(n)), 1) for n in range(count)]
-    writer.add_tokenizer_model("t5" if kind == "unigram" else "llama")
-    writer.add_token_list([*map(model.id_to_piece, range(count)), *(f"[PAD{n}]" for n in range(count, rows))])
-    writer.add_token_scores([*map(model.get_score, range(count)), *[-1000.0] * (rows - count)])
-    writer.add_token_types(types + [5] * (rows - count))
-    writer.add_add_space_prefix(kind == "unigram")
-    writer.add_eos_token_id(model.eos_id())
-    writer.add_pad_token_id(model.pad_id())
-    writer.add_unk_token_id(model.unk_id())
-    if kind == "bpe":
-        writer.add_bos_token_id(model.bos_id())
-
-
 def with_tokenizer(weights: dict[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
     """A dense file as ComfyUI's own, with the tokenizer in a tensor."""
     proto = torch.frombuffer(bytearray(model.serialized_model_proto()), dtype=torch.uint8)

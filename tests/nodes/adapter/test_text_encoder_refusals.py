@@ -12,8 +12,9 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_text_encoders import add_vocabulary, tiny_sentencepiece
+from small_text_encoders import tiny_sentencepiece
 from text_encoder_files import add, finish, write_mmproj, write_text_encoder
+from vocabularies import write_sentencepiece
 
 Tensors = dict[str, torch.Tensor]
 Make = Callable[[Path], Sequence[Path]]
@@ -262,7 +263,7 @@ def test_missing_sentencepiece(comfy: Any, tmp_path: Path, monkeypatch: pytest.M
         tmp_path / "umt5.gguf",
         weights,
         "t5encoder",
-        setup=lambda writer: add_vocabulary(writer, model, "unigram", 512),
+        setup=lambda writer: write_sentencepiece(writer, model, "unigram", 512),
     )
     find_spec: Callable[..., Any] = importlib.util.find_spec
     monkeypatch.setattr(
