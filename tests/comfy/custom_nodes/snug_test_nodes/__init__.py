@@ -5,8 +5,10 @@ from __future__ import annotations
 from .conditioning import SnugTestConditioning
 from .model_info import SnugTestModelInfo
 from .narrow_models import accept_narrow_models
+from .small_t5 import accept_small_t5
 
 accept_narrow_models()
+accept_small_t5()
 
 NODE_CLASS_MAPPINGS = {
     "SnugTestConditioning": SnugTestConditioning,

@@ -1,0 +1,55 @@
+"""Lets ComfyUI load T5 text encoders of any size, whose configuration it takes for granted.
+
+Patching it is for tests alone: the pack itself never does.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import comfy.sd
+
+_T5_ROWS, _T5_WIDTH = 32128, 4096
+_UP = "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"
+_QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
+_BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+_BLOCK = re.compile(r"encoder\.block\.(\d+)\.")
+
+
+def accept_small_t5() -> None:
+    """Replaces ComfyUI's detection and loading of text encoders; calling it again changes nothing."""
+    detect, load = comfy.sd.detect_te_model, comfy.sd.load_text_encoder_state_dicts
+    if getattr(detect, "accepts_small_t5", False):
+        return
+
+    def detect_small(state_dict: dict[str, Any]) -> Any:
+        return comfy.sd.TEModel.T5_XXL if _is_small(state_dict) else detect(state_dict)
+
+    def load_small(state_dicts: Any, *args: Any, **options: Any) -> Any:
+        for state_dict in filter(_is_small, state_dicts):
+            sizes = {"t5xxl_model_config": _sizes(state_dict)}
+            options["model_options"] = {**options.get("model_options", {}), **sizes}
+        return load(state_dicts, *args, **options)
+
+    detect_small.accepts_small_t5 = True  # pyright: ignore[reportFunctionMemberAccess]
+    comfy.sd.detect_te_model = detect_small
+    comfy.sd.load_text_encoder_state_dicts = load_small
+
+
+def _is_small(state_dict: dict[str, Any]) -> bool:
+    table = state_dict.get("shared.weight")
+    return (
+        _UP in state_dict and table is not None and table.shape[0] == _T5_ROWS and table.shape[1] < _T5_WIDTH
+    )
+
+
+def _sizes(state_dict: dict[str, Any]) -> dict[str, int]:
+    heads = state_dict[_BIAS].shape[1]
+    return {
+        "d_model": state_dict["shared.weight"].shape[1],
+        "d_ff": state_dict[_UP].shape[0],
+        "d_kv": state_dict[_QUERY].shape[0] // heads,
+        "num_heads": heads,
+        "num_layers": 1 + max(int(match[1]) for match in map(_BLOCK.match, state_dict) if match),
+    }
