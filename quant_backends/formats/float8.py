@@ -16,7 +16,7 @@ _E4M3_BITS = 0b1011_1111_1000_0000 - (1 << 16)
 
 
 def to_float32(data: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
-    """out (float32, contiguous) = data (contiguous, any dtype, the same shape), exactly."""
+    """out = data, exactly; both contiguous, of one shape; out: float32, or for integers any type that holds them."""
     if data.device.type != "cpu" or data.dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
         out.copy_(data)
         return

@@ -90,7 +90,10 @@ class QuantoGroups(ScaledFormat):
         if not shift.dtype.is_floating_point:
             values.sub_(shift.float()).mul_(scale.float())
             return
-        values.mul_(scale.float())
-        if scale.dtype != torch.float32:
+        values.mul_(scale.to(out.dtype))
+        if scale.dtype != out.dtype:
             values.copy_(scratch.get("product", tuple(values.shape), scale.dtype).copy_(values))
-        values.sub_(shift.float())
+        values.sub_(shift.to(out.dtype))
+
+    def decodes_to(self, dtype: torch.dtype, parts: Mapping[str, torch.Tensor]) -> bool:
+        return dtype == torch.float32 or all(part.dtype == dtype for part in parts.values())

@@ -65,10 +65,15 @@ class ScaledFormat:
     ) -> None:
         """Decode the whole rows start..stop of the logical matrix into `out`.
 
-        data, parts: contiguous, as `check` accepted them, all on one device; out: float32, contiguous,
-        [stop - start, columns], on that device. Results are rounded only where the library rounds on its way.
+        data, parts: contiguous, as `check` accepted them, all on one device; out: float32 or what `decodes_to` allows,
+        contiguous, [stop - start, columns], on that device. Results are rounded only where the library rounds on its
+        way.
         """
         raise NotImplementedError
+
+    def decodes_to(self, dtype: torch.dtype, parts: Mapping[str, torch.Tensor]) -> bool:
+        """Whether `decode_rows` can write this dtype itself: with the same result as from float32, in fewer passes."""
+        return dtype == torch.float32
 
     def check(self, packed: PackedTensor) -> None:
         """Raise SnugError, naming the tensor at fault, unless data and parts fit this format and the shape."""

@@ -94,6 +94,11 @@ class ScaledElements(ScaledFormat):
         if self.scb:
             values.mul_(ONE_127TH)
 
+    def decodes_to(self, dtype: torch.dtype, parts: Mapping[str, torch.Tensor]) -> bool:
+        # Every 8-bit integer is exact in float16 and bfloat16, so that only the product is rounded.
+        integers = self.stored in ("int8", "uint8") and not (self.zero or self.scb)
+        return dtype == torch.float32 or (integers and dtype == parts["scale"].dtype)
+
     def _grid(self, shape: Sequence[int]) -> tuple[int, int]:
         """How many blocks there are, down and across."""
         sizes = zip(rows_and_columns(shape), self.block, strict=True)
@@ -115,7 +120,7 @@ class ScaledElements(ScaledFormat):
             numbers = numbers[start : start + rows]
         elif self.block[0]:
             numbers = numbers[torch.arange(start, start + rows, device=part.device) // self.block[0]]
-        numbers = numbers.float()
+        numbers = numbers.to(values.dtype)
         if across > 1 and columns % self.block[1] == 0:
             operation(values.view(rows, across, self.block[1]), numbers[:, :, None])
         elif across > 1:

@@ -83,10 +83,10 @@ def dequantize_packed(
     step = min(rows, max(1, weights_per_chunk(device) // columns))
     scratch = Scratch(device, step * columns * SCRATCH_BYTES)
     matrix = out.view(rows, columns)
+    direct = fmt.decodes_to(dtype, packed.parts)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         result = matrix[start:stop]
-        direct = dtype == torch.float32
         weights = result if direct else scratch.get("weights", (stop - start, columns), torch.float32)
         fmt.decode_rows(packed.data, packed.parts, shape, start, stop, weights, scratch)
         if not direct:
