@@ -76,7 +76,6 @@ def test_a_missing_shard_is_named(
     root = comfy_server.base / "models" / "diffusion_models" / name
     shard = max(root.glob("*-of-*.safetensors"))
     shard.unlink()
-    for chosen in (name, f"{name}{min(root.glob('*-of-*.safetensors')).name}"):
-        with pytest.raises(WorkflowError, match=shard.name) as caught:
-            comfy_server.run(build_workflow("sd3", "snug", chosen))
-        assert "\n" not in str(caught.value)
+    with pytest.raises(WorkflowError, match=shard.name) as caught:
+        comfy_server.run(build_workflow("sd3", "snug", name))
+    assert "\n" not in str(caught.value)

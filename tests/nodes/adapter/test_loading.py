@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers_folders import save_folder
+from diffusers_models import tiny_diffusers_model
 
 
 def load(path: Path, *args: Any) -> Any:
@@ -158,3 +160,18 @@ def test_a_packed_weight_that_a_model_reads_itself(comfy: Any, tmp_path: Path) -
     norm = MultiHeadLayerNorm((12, 256))
     norm.load_state_dict({"weight": load_diffusion_gguf(path).state_dict[name]})
     assert torch.allclose(norm.weight, torch.ones(12, 256), atol=0.01)
+
+
+def test_one_file_of_a_split_model_stands_for_its_folder(comfy: Any, tmp_path: Path, model: Any) -> None:
+    from snug.nodes.adapter.loading import load_diffusion_model
+    from snug.quant_backends.core.errors import FileFormatError
+
+    save_folder(tiny_diffusers_model("sd3"), tmp_path, shard_bytes=1 << 20)
+    shards = sorted(tmp_path.glob("*-of-*.safetensors"))
+    whole = load_diffusion_model(str(tmp_path))
+    assert torch.equal(
+        model.run(load_diffusion_model(str(shards[1])), load=True), model.run(whole, load=True)
+    )
+    shards[-1].unlink()
+    with pytest.raises(FileFormatError, match=shards[-1].name):
+        load_diffusion_model(str(shards[1]))
