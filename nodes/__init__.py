@@ -12,11 +12,18 @@ logger = logging.getLogger("snug")
 class SnugExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .load_checkpoint import SnugLoadCheckpoint
+        from .load_controlnet import SnugLoadControlNet
         from .load_diffusion_model import SnugLoadDiffusionModel
         from .load_lora import SnugLoadLora
         from .load_text_encoders import SnugLoadTextEncoders
 
-        return [SnugLoadDiffusionModel, SnugLoadTextEncoders, SnugLoadCheckpoint, SnugLoadLora]
+        return [
+            SnugLoadDiffusionModel,
+            SnugLoadTextEncoders,
+            SnugLoadCheckpoint,
+            SnugLoadLora,
+            SnugLoadControlNet,
+        ]
 
 
 def create_extension() -> ComfyExtension:

@@ -47,6 +47,7 @@ DIFFUSION_MODELS = _Library("diffusion model", "diffusion_models", "unet_gguf")
 TEXT_ENCODERS = _Library("text encoder", "text_encoders", "clip_gguf")
 LORAS = _Library("LoRA", "loras", "snug_loras_gguf")
 CHECKPOINTS = _Library("checkpoint", "checkpoints", "snug_checkpoints_gguf")
+CONTROLNETS = _Library("ControlNet", "controlnet", "snug_controlnet_gguf")
 
 
 def register() -> None:
@@ -56,7 +57,7 @@ def register() -> None:
     through extra_model_paths.yaml are seen as well.
     """
     known = folder_paths.folder_names_and_paths
-    for library in (DIFFUSION_MODELS, TEXT_ENCODERS, LORAS, CHECKPOINTS):
+    for library in (DIFFUSION_MODELS, TEXT_ENCODERS, LORAS, CHECKPOINTS, CONTROLNETS):
         if library.gguf_key not in known:
             known[library.gguf_key] = (known[library.key][0], {".gguf"})
 
