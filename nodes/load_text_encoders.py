@@ -26,16 +26,17 @@ class SnugLoadTextEncoders(io.ComfyNode):
             display_name="Load Text Encoders (Snug)",
             category="Snug/loaders",
             description=(
-                "Loads one to four text encoders, quantized or not, in any mix, as a normal CLIP for prompts, "
-                "LoRA and saving. Quantized weights stay packed in memory and are decoded as they are used."
+                "Loads one to four text encoders, quantized or not, in any mix of formats (GGUF, NF4, FP4, INT8, "
+                "FP8, quanto, torchao), as a normal CLIP for prompts, LoRA and saving. Quantized weights stay packed "
+                "in memory and are decoded as they are used."
             ),
             inputs=[
                 io.Combo.Input(
                     "text_encoder_1",
                     options=files,
                     tooltip=(
-                        "A .gguf or .safetensors file from models/text_encoders or models/clip. What it is, is "
-                        "read from the file's content; its name does not matter."
+                        "A .gguf or .safetensors file from models/text_encoders or models/clip, plain or quantized. "
+                        "What it is, is read from the file's content; its name does not matter."
                     ),
                 ),
                 io.Combo.Input(
