@@ -1,7 +1,8 @@
 """Decoding packed weights on the CPU: Snug beside the libraries of each format and, if given, another node pack.
 
     python benchmarks/dequantize.py --cols 3072 12288 --threads 1 2 --peer path/to/ComfyUI-GGUF/dequant.py \
-        --markdown benchmarks/results/dequantize-cpu.md --json benchmarks/results/dequantize-cpu.json
+        --kinds ggml --markdown benchmarks/results/dequantize-cpu.md --json benchmarks/results/dequantize-cpu.json
+    python benchmarks/dequantize.py --kinds scaled --rounds 15 --threads 1 2 --statistic best
 
 Each round runs every contender once on the same random bytes, in turn, and the median over the rounds counts, or the
 best one (--statistic best, for machines that do other work meanwhile).
