@@ -105,8 +105,7 @@ def check(runs: Contenders, steps: int = 0) -> None:
     results = [run().nan_to_num() for run in runs.values()]
     for name, result in zip(runs, results, strict=True):
         limits = torch.finfo(result.dtype)
-        tolerance = {"rtol": steps * limits.eps, "atol": steps * limits.tiny}
-        if not torch.allclose(result, results[-1], **tolerance):
+        if not torch.allclose(result, results[-1], rtol=steps * limits.eps, atol=steps * limits.tiny):
             raise SystemExit(f"{name} differs from Snug: the table would compare different things")
 
 

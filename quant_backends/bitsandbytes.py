@@ -17,7 +17,7 @@ def _four_bit(kind: str) -> FormatFamily:
         title=f"{kind.upper()} (bitsandbytes)",
         convention="bitsandbytes-4bit",
         recognised_by=f"keys that end in `.quant_state.bitsandbytes__{kind}`",
-        writers="bitsandbytes, diffusers, ComfyUI's older NF4 packs",
+        writers="bitsandbytes, diffusers, Forge",
         files=FILES,
         examples=(f"bnb-{kind}-64", f"bnb-{kind}-64-nested-256"),
         bits=(4.12, 4.51),
