@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from ..core.packed import PackedTensor
-from ..kernels.dequantize import dequantize_packed
+from .join_rows import rows
 
 Value = TypeVar("Value")
 
@@ -52,7 +52,7 @@ def split_attention(
 ) -> Iterator[tuple[str, PackedTensor | torch.Tensor]]:
     """Query, key and value of a joined projection, views of its rows; any other tensor as it is."""
     match = JOINED.match(name)
-    if match is None:
+    if match is None or not len(tensor.shape):
         yield name, tensor
         return
     for letter, part in zip("qkv", _thirds(tensor), strict=True):
@@ -79,15 +79,5 @@ def _in_block(name: str) -> str | None:
 
 
 def _thirds(tensor: PackedTensor | torch.Tensor) -> list[PackedTensor | torch.Tensor]:
-    if isinstance(tensor, PackedTensor) and not isinstance(tensor.format, type):
-        tensor = dequantize_packed(tensor)
-    rows = tensor.shape[0] // 3
-    if isinstance(tensor, torch.Tensor):
-        return [tensor[rows * part : rows * (part + 1)] for part in range(3)]
-    # Blocks never cross rows.
-    data = tensor.data.view(tensor.shape[0], -1)
-    shape = (rows, *tensor.shape[1:])
-    return [
-        PackedTensor(data[rows * part : rows * (part + 1)].reshape(-1), tensor.format, shape)
-        for part in range(3)
-    ]
+    count = tensor.shape[0] // 3
+    return [rows(tensor, count * part, count * (part + 1)) for part in range(3)]
