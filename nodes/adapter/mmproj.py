@@ -17,8 +17,8 @@ from ...quant_backends.readers.text_encoder_tables import VISION_OF
 logger = logging.getLogger("snug")
 
 EMBEDDINGS = "model.embed_tokens.weight"
-# What ComfyUI's classes call their vision towers (Qwen; Gemma 3).
-TOWERS = ("visual", "vision_model")
+# What ComfyUI's classes call their towers for images (Qwen; Gemma) and sound (Gemma 4).
+TOWERS = ("visual", "vision_model", "audio_model")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class MissingVision(torch.nn.Module):
 
     def forward(self, *_args: object, **_options: object) -> torch.Tensor:
         raise SnugError(
-            "This text encoder was loaded without its vision part, so it cannot look at images; put its mmproj "
-            "file beside it in models/text_encoders and choose it as mmproj."
+            "This text encoder was loaded without its vision part, so it cannot take images or sound; put its mmproj "
+            "file beside it in models/text_encoders and choose it as mmproj, or choose a .safetensors version."
         )
 
 

@@ -167,6 +167,8 @@ def mapped_name(name: str, names: NameMap, overrides: Mapping[str, str] | None =
     else:
         part = (overrides or {}).get(block[2]) or names.parts.get(block[2])
         new = part and names.block_prefix.format(block[1]) + part
+    if new and new.endswith(names.bare):
+        return new
     return f"{new}.{match[2]}" if new else name
 
 

@@ -16,7 +16,7 @@ class NameMap:
 
     block: matches "….<number>.<part>", groups (number, part). block_prefix: what the number is put into.
     parts: names inside a block, tops: names outside; both without ".weight" and ".bias".
-    dropped: prefixes of tensors that no text encoder uses.
+    dropped: prefixes of tensors that no text encoder uses. bare: ends of original names that have no ".weight".
     """
 
     block: re.Pattern[str]
@@ -24,6 +24,7 @@ class NameMap:
     parts: dict[str, str]
     tops: dict[str, str]
     dropped: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,26 @@ GEMMA_NAMES = NameMap(
     dropped=LLAMA_NAMES.dropped,
 )
 
+GEMMA4_NAMES = NameMap(
+    block=_BLOCK,
+    block_prefix=LLAMA_NAMES.block_prefix,
+    parts={
+        **GEMMA_NAMES.parts,
+        "inp_gate": "per_layer_input_gate",
+        "proj": "per_layer_projection",
+        "post_norm": "post_per_layer_input_norm",
+        "layer_output_scale": "layer_scalar",
+    },
+    tops={
+        **LLAMA_NAMES.tops,
+        "per_layer_token_embd": "model.embed_tokens_per_layer",
+        "per_layer_model_proj": "model.per_layer_model_projection",
+        "per_layer_proj_norm": "model.per_layer_projection_norm",
+    },
+    dropped=LLAMA_NAMES.dropped,
+    bare=(".layer_scalar",),
+)
+
 # By `general.architecture`.
 FAMILIES = {
     "t5": Family(T5_NAMES),
@@ -107,6 +128,7 @@ FAMILIES = {
     "qwen3vl": Family(LLAMA_NAMES),
     "gemma2": Family(GEMMA_NAMES, norm_shift=1.0),
     "gemma3": Family(GEMMA_NAMES, norm_shift=1.0),
+    "gemma4": Family(GEMMA4_NAMES),
 }
 
 LLAMA_CPP = re.compile(r"(enc\.|dec\.)?blk\.\d+\.")

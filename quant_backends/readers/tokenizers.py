@@ -11,9 +11,14 @@ from .gguf_file import GGUFFile
 from .sentencepiece_model import build_sentencepiece_model
 from .tekken_model import build_tekken_model
 from .text_encoder_gguf import TextEncoderGGUF
-from .text_encoder_tables import T5_BUILT_IN_ROWS
+from .text_encoder_tables import FAMILIES, T5_BUILT_IN_ROWS
+from .tokenizer_json import build_tokenizer_json
 
-BUILDERS = {"spiece_model": build_sentencepiece_model, "tekken_model": build_tekken_model}
+BUILDERS = {
+    "spiece_model": build_sentencepiece_model,
+    "tekken_model": build_tekken_model,
+    "tokenizer_json": build_tokenizer_json,
+}
 
 
 def needed_tokenizer(encoder: TextEncoderGGUF) -> str | None:
@@ -23,6 +28,8 @@ def needed_tokenizer(encoder: TextEncoderGGUF) -> str | None:
         return "tekken_model" if encoder.metadata.get("tokenizer.ggml.pre") == "tekken" else None
     if family is not None and family.norm_shift:
         return "spiece_model"
+    if family is FAMILIES["gemma4"]:
+        return "tokenizer_json"
     table = encoder.infos.get("shared.weight")
     return "spiece_model" if table is not None and table.shape[:1] not in T5_BUILT_IN_ROWS else None
 

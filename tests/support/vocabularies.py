@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import io
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +45,7 @@ def corpus(languages: int = 10, kilobytes: int = 100) -> list[str]:
     by_language: dict[str, list[Path]] = {}
     for path in sorted(Path(spec.origin).parent.rglob("*.md")):
         by_language.setdefault(path.stem, []).append(path)
-    lines = OTHER_SCRIPTS * 20
+    lines: list[str] = [*OTHER_SCRIPTS * 20]
     for paths in list(by_language.values())[:languages]:
         size = 0
         for path in paths:
@@ -203,3 +204,47 @@ def write_tekken(writer: Any, rows: int) -> None:
     writer.add_tokenizer_pre("tekken")
     writer.add_token_list(tokens + [f"[PAD{number}]" for number in range(len(tokens), rows)])
     writer.add_token_types(types + [5] * (rows - len(tokens)))
+
+
+GEMMA4_SPECIALS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|image|>"]
+GEMMA4_VISIBLE = ["<|channel>", "<channel|>"]
+
+
+@lru_cache
+def gemma4() -> dict[str, Any]:
+    """The tokenizer.json of a byte-pair vocabulary as Gemma 4's: spaces as U+2581, bytes as a last resort."""
+    tokenizers = pytest.importorskip("tokenizers")
+    replace = tokenizers.normalizers.Replace(" ", SPACE)
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.normalizer = replace
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=6000, show_progress=False, max_token_length=16)
+    trained.train_from_iterator([line[:200] for line in corpus(10, 30)], trainer)
+    found = json.loads(trained.to_str())
+    names = [*GEMMA4_SPECIALS, *GEMMA4_VISIBLE, *(f"<0x{value:02X}>" for value in range(256))]
+    known = sorted(found["model"]["vocab"], key=found["model"]["vocab"].__getitem__)
+    found["model"] |= {
+        "vocab": {token: number for number, token in enumerate([*names, *known])},
+        "unk_token": "<unk>",
+        "fuse_unk": True,
+        "byte_fallback": True,
+    }
+    found["added_tokens"] = [
+        {"id": number, "content": token, "special": token in GEMMA4_SPECIALS}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        for number, token in enumerate(names[: len(GEMMA4_SPECIALS) + len(GEMMA4_VISIBLE)])
+    ]
+    return found
+
+
+def write_gemma4(writer: Any, rows: int) -> None:
+    """As llama.cpp's Gemma4Model.set_vocab does, padded to `rows`."""
+    model = gemma4()["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    kinds = {**dict.fromkeys(GEMMA4_SPECIALS, 3), **dict.fromkeys(GEMMA4_VISIBLE, 4)}
+    types = [kinds.get(token, 6 if token.startswith("<0x") else 1) for token in tokens]
+    writer.add_tokenizer_model("gemma4")
+    writer.add_token_list([*tokens, *(f"[PAD{number}]" for number in range(len(tokens), rows))])
+    writer.add_token_scores([-1000.0] * rows)
+    writer.add_token_types([*types, *[5] * (rows - len(tokens))])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_add_space_prefix(False)

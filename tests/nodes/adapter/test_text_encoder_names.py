@@ -40,6 +40,16 @@ def build(comfy: Any, name: str) -> set[str]:
     return set(module.state_dict())
 
 
+@pytest.mark.parametrize("name", ["Gemma4_E4B", "Gemma4_E2B", "Gemma4_12B", "Gemma4_31B"])
+def test_gemma4(name: str, comfy: Any) -> None:
+    gemma4 = pytest.importorskip("comfy.text_encoders.gemma4")
+    module = getattr(gemma4, name)({}, torch.float16, "meta", comfy.ops.manual_cast)
+    wanted = {key for key in module.state_dict() if key.startswith("model.")}
+    # The converter adds what llama.cpp's names all end with.
+    stored = {f"{key}.weight" if key.endswith("layer_scalar") else key for key in wanted}
+    assert mapped(gguf_names(stored, "gemma4"), "gemma4") == wanted
+
+
 def mapped(names: dict[str, str], architecture: str) -> set[str]:
     from snug.quant_backends.readers.text_encoder_gguf import mapped_name
     from snug.quant_backends.readers.text_encoder_tables import FAMILIES

@@ -16,7 +16,15 @@ from snug.quant_backends.core.errors import FileFormatError
 from snug.quant_backends.readers import open_text_encoder_gguf
 from snug.quant_backends.readers.tokenizers import needed_tokenizer, tokenizer_tensor
 from text_encoder_files import add, finish
-from vocabularies import TEKKEN_SPECIALS, sentencepiece_model, tekken_texts, write_sentencepiece, write_tekken
+from vocabularies import (
+    TEKKEN_SPECIALS,
+    gemma4,
+    sentencepiece_model,
+    tekken_texts,
+    write_gemma4,
+    write_sentencepiece,
+    write_tekken,
+)
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -72,6 +80,33 @@ def test_tekken(tmp_path: Path) -> None:
     assert [entry["token_str"] for entry in found["special_tokens"]] == TEKKEN_SPECIALS
     assert found["config"]["default_vocab_size"] == ROWS
     assert found["config"]["default_num_special_tokens"] == len(TEKKEN_SPECIALS)
+
+
+def test_gemma4(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    encoder = write(tmp_path / "gemma4.gguf", "gemma4", lambda writer: write_gemma4(writer, ROWS + 300))
+    assert needed_tokenizer(encoder) == "tokenizer_json"
+    text = tokenizer_tensor(encoder, "tokenizer_json").numpy().tobytes().decode()
+    rebuilt, original = (
+        tokenizers.Tokenizer.from_str(text),
+        tokenizers.Tokenizer.from_str(json.dumps(gemma4())),
+    )
+    for prompt in PROMPTS:
+        ids = original.encode(prompt).ids
+        assert rebuilt.encode(prompt).ids == ids, prompt
+
+
+@pytest.mark.parametrize("merges", [["a"], ["a b c"], ["a nowhere"]])
+def test_damaged_merges(merges: list[str], tmp_path: Path) -> None:
+    def setup(writer: Any) -> None:
+        writer.add_tokenizer_model("gemma4")
+        writer.add_token_list(["a", "b", "ab"])
+        writer.add_token_types([1, 1, 1])
+        writer.add_token_merges(merges)
+
+    encoder = write(tmp_path / "te.gguf", "gemma4", setup)
+    with pytest.raises(FileFormatError, match="merge"):
+        tokenizer_tensor(encoder, "tokenizer_json")
 
 
 def test_llama_3_and_qwen_bring_none(tmp_path: Path) -> None:
