@@ -21,6 +21,7 @@ from checkpoint_files import (
 )
 from quantized_files import dense_tensors, quantize_tensors
 from safetensors.torch import save_file
+from small_text_encoders import SmallT5
 
 PROMPT = "a red fox under the moon"
 
@@ -167,6 +168,59 @@ def test_sd3_with_one_encoder(load: Any, comfy: Any, comfyui_path: Path, model: 
     }
     path = write_sdcpp(tmp_path / "sd3.gguf", stored)
     check(load(str(path), "fp32"), load_dense(comfy, tmp_path / "dense.safetensors"), "sd3", model)
+
+
+def test_flux_as_it_is_published(
+    load: Any, comfy: Any, comfyui_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    """NF4 transformer, T5 in plain float8, CLIP-L in float16: every part keeps its own form."""
+    t5 = SmallT5(monkeypatch).weights(comfy, umt5=False)
+    t5 = {
+        name: value.to(torch.float8_e4m3fn) if value.dim() == 2 else value.half()
+        for name, value in t5.items()
+    }
+    clip = {
+        n: value.half() for n, value in clip_weights(comfyui_path, "clip_l").items() if "projection" not in n
+    }
+    encoders = {
+        **prefixed("text_encoders.t5xxl.transformer.", t5),
+        **prefixed("text_encoders.clip_l.transformer.", clip),
+    }
+    flux = prefixed("model.diffusion_model.", diffusion_weights(tmp_path, "flux"))
+    packed, metadata = quantize_tensors({name: value.half() for name, value in flux.items()}, "nf4")
+    vae = prefixed("vae.", taesd(tmp_path, "taef1"))
+    save_file({**packed, **encoders, **vae}, tmp_path / "nf4.safetensors", metadata=metadata)
+    accept_narrow_flux(monkeypatch)
+    save_file(dense_tensors(tmp_path / "nf4.safetensors"), tmp_path / "dense.safetensors")
+    found = load(str(tmp_path / "nf4.safetensors"))
+    dense = load_dense(comfy, tmp_path / "dense.safetensors")
+    assert formats(found[0].model, model) == {"bnb-nf4-64"}
+    assert formats(found[1].cond_stage_model, model) == {"float8_e4m3fn-tensor", "F16"}
+    conditionings = [
+        clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True) for _, clip, _ in (found, dense)
+    ]
+    for value, target in zip(*conditionings, strict=True):
+        assert model.relative_error(value, target) < 1e-3
+    latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    images = [vae.decode(latent) for _, _, vae in (found, dense)]
+    assert model.relative_error(*images) < 1e-3
+
+
+def formats(network: torch.nn.Module, model: Any) -> set[str]:
+    return {module.weight.params.format for _, module in model.packed_modules(network)}
+
+
+def accept_narrow_flux(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI takes Flux's head count for granted; the tiny one has 2."""
+    import comfy.model_detection
+
+    original = comfy.model_detection.detect_unet_config
+
+    def detect(*args: Any, **options: Any) -> Any:
+        config = original(*args, **options)
+        return config and {**config, "num_heads": config["hidden_size"] // 128}
+
+    monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detect)
 
 
 def test_plain_files_go_to_core(
