@@ -82,6 +82,7 @@ def load_text_encoders(
     if all(_is_for_core(encoder) for encoder in encoders):
         return _load_with_core(encoders, known_type, disable_dynamic)
     _refuse_core_formats(encoders)
+    _check_sentencepiece(encoders)
     bar = comfy.utils.ProgressBar(2 * sum(encoder.file.nbytes for encoder in encoders))
     reader = _Progress(bar)
     state_dicts = [_state_dict(encoder, reader) for encoder in encoders]
@@ -174,6 +175,16 @@ def _refuse_core_formats(encoders: Sequence[_Encoder]) -> None:
             )
 
 
+def _check_sentencepiece(encoders: Sequence[_Encoder]) -> None:
+    for encoder in encoders:
+        needed = encoder.gguf and needed_tokenizer(encoder.gguf) == "spiece_model"
+        if needed and importlib.util.find_spec("sentencepiece") is None:
+            raise SnugError(
+                f"{encoder.path}: this text encoder needs the Python package sentencepiece, which is not "
+                f"installed; run 'pip install sentencepiece' in ComfyUI's environment and restart."
+            )
+
+
 @contextmanager
 def _errors_named(encoders: Sequence[_Encoder]) -> Iterator[None]:
     """Turns what ComfyUI raises about these files into one sentence."""
@@ -215,11 +226,6 @@ def _state_dict(encoder: _Encoder, progress: _Progress) -> dict[str, Any]:
     state_dict = _packed(encoder.file.state_dict(progress))
     key = needed_tokenizer(encoder.gguf) if encoder.gguf else None
     if encoder.gguf and key is not None:
-        if key == "spiece_model" and importlib.util.find_spec("sentencepiece") is None:
-            raise SnugError(
-                f"{encoder.path}: this text encoder needs the Python package sentencepiece, which is not "
-                f"installed; run 'pip install sentencepiece' in ComfyUI's environment and restart."
-            )
         state_dict[key] = tokenizer_tensor(encoder.gguf, key)
     return state_dict
 

@@ -50,15 +50,16 @@ class Small:
 
 SMALL = {
     "QWEN25_7B": Small("qwen2vl", "qwen_image", "Qwen25_7BVLI", "Qwen25_7BVLI_Config", sizes()),
-    "QWEN25_3B": Small("qwen2vl", "omnigen2", "Qwen25_3B", "Qwen25_3BConfig", sizes(), format="Q4_0"),
-    "QWEN3_4B": Small("qwen3", "lumina2", "Qwen3_4B", "Qwen3_4BConfig", sizes(), format="F16"),
-    "QWEN3_06B": Small("qwen3", "stable_diffusion", "Qwen3_06B", "Qwen3_06BConfig", sizes()),
-    "QWEN3_2B": Small("qwen3", "ovis", "Ovis25_2B", "Ovis25_2BConfig", sizes()),
+    "QWEN25_3B": Small("qwen2vl", "omnigen2", "Qwen25_3B", "Qwen25_3BConfig", sizes(64), format="Q4_0"),
+    "QWEN25_3B without vision": Small("qwen2", "omnigen2", "Qwen25_3B", "Qwen25_3BConfig", sizes(64)),
+    "QWEN3_4B": Small("qwen3", "lumina2", "Qwen3_4B", "Qwen3_4BConfig", sizes(64), format="F16"),
+    "QWEN3_06B": Small("qwen3", "stable_diffusion", "Qwen3_06B", "Qwen3_06BConfig", sizes(64)),
+    "QWEN3_2B": Small("qwen3", "ovis", "Ovis25_2B", "Ovis25_2BConfig", sizes(64)),
     "QWEN3_8B": Small(  # Flux 2 Klein takes what comes out of layers 9, 18 and 27
         "qwen3", "flux2", "Qwen3_8B", "Qwen3_8BConfig", sizes(hidden=64, layers=28), heads=(8, 4)
     ),
     "LLAMA3_8": Small(
-        "llama", "hidream", "Llama2", "Llama2Config", {**sizes(), "vocab_size": 128256}, "llama_tokenizer"
+        "llama", "hidream", "Llama2", "Llama2Config", {**sizes(64), "vocab_size": 128256}, "llama_tokenizer"
     ),
 }
 
@@ -89,6 +90,7 @@ def make(
         folder = comfyui_path / "comfy" / "text_encoders" / small.tokenizer_folder
         if not any(folder.glob("*merges.txt")) and not (folder / "tokenizer.json").exists():
             pytest.skip(f"this ComfyUI has no {small.tokenizer_folder}")
+        kind = kind.partition(" ")[0]
         needs(comfy, kind)
         config = functools.partial(getattr(llama, small.config), **small.sizes)
         monkeypatch.setattr(llama, small.config, config)

@@ -93,7 +93,12 @@ def use_safetensors(path: Path) -> None:
     open_text_encoder_safetensors(path).state_dict()
 
 
-USES = {llama: use_text_encoder, gemma: use_text_encoder, vision: use_vision, quantized: use_safetensors}
+USES: dict[Make, Callable[[Path], None]] = {
+    llama: use_text_encoder,
+    gemma: use_text_encoder,
+    vision: use_vision,
+    quantized: use_safetensors,
+}
 
 
 @pytest.mark.parametrize("make", [llama, gemma, vision, quantized])
