@@ -19,6 +19,7 @@ from checkpoint_files import (
     taesd,
     write_sdcpp,
 )
+from fake_paging import load_dynamically
 from quantized_files import dense_tensors, quantize_tensors
 from safetensors.torch import save_file
 from small_text_encoders import SmallT5
@@ -265,6 +266,20 @@ def test_factories_and_progress(
         assert old.keys() == new.keys() and old
         name = list(old)[-1]
         assert torch.equal(old[name].to("cpu"), new[name].to("cpu"))
+
+
+def test_dynamic_vram(
+    sd15_parts: Tensors, load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ComfyUI's patcher with paging takes all parts, and every weight has arrived."""
+    path = write_sdcpp(tmp_path / "sd15.gguf", sd15_parts)
+    load_dynamically(monkeypatch)
+    patcher, clip, vae = load(str(path), "fp32")
+    for part, name in ((patcher, "SnugModelPatcherDynamic"), (clip.patcher, "SnugModelPatcherDynamic")):
+        assert type(part).__name__ == name and part.is_dynamic()
+    for part in (patcher, clip.patcher, vae.patcher):
+        assert not [name for name, value in part.model.named_parameters() if value.is_meta]
+    patcher.partially_load(patcher.load_device)
 
 
 def test_refusals(load: Any, comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoint_files import prefixed, taesd
 from controlnet_files import Tensors, classic_controlnet, sd3_controlnet
+from fake_paging import load_dynamically
 from native_quantizer import native_quantizer
 from quantized_files import dense_tensors, quantize_tensors
 from safetensors.torch import save_file
@@ -108,6 +109,22 @@ def test_equal_to_the_dense_twin(
     wanted = sample(patcher, dense) - plain
     assert wanted.norm() > 0.02 * plain.norm(), "the ControlNet does nothing"
     assert model.relative_error(sample(patcher, packed) - plain, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", MAKERS)
+def test_dynamic_vram(
+    family: str, comfy: Any, monkeypatch: pytest.MonkeyPatch, model: Any, tmp_path: Path
+) -> None:
+    """ComfyUI's patcher with paging takes the network, and every weight of it has arrived."""
+    from snug.nodes.adapter.controlnets import load_controlnet
+
+    path, _ = write("nf4", MAKERS[family](), tmp_path)
+    load_dynamically(monkeypatch)
+    patcher = load_controlnet(str(path)).control_model_wrapped
+    assert type(patcher).__name__ == "SnugModelPatcherDynamic" and patcher.is_dynamic()
+    assert len([*model.packed_modules(patcher.model)]) > 5
+    assert not [name for name, value in patcher.model.named_parameters() if value.is_meta]
+    patcher.partially_load(patcher.load_device)
 
 
 def test_packed_model_and_packed_controlnet(

@@ -11,53 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from fake_paging import fake_paging
 from safetensors.torch import load_file
-
-
-class FakeHostBuffer:
-    """Stands for pinned memory, which needs a GPU."""
-
-    size = 0
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-
-class FakeVBAR:
-    """Stands for pages of GPU memory; only hands out addresses."""
-
-    def __init__(self, *_: Any) -> None:
-        self.size = 0
-
-    def alloc(self, size: int) -> tuple[Any, int, int]:
-        self.size += size
-        return self, self.size - size, size
-
-    def prioritize(self) -> None:
-        pass
-
-    def free_memory(self, _: int) -> int:
-        return 0
-
-    def loaded_size(self) -> int:
-        return 0
 
 
 @pytest.fixture
 def dynamic(sd3: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A packed model with a LoRA, loaded by core's ModelPatcherDynamic."""
-    import comfy.model_management
+    fake_paging(monkeypatch)
     import comfy.model_patcher
-
-    if not hasattr(comfy.model_patcher, "ModelPatcherDynamic"):
-        pytest.skip("this ComfyUI has no dynamic VRAM")
-    import comfy_aimdo.host_buffer
-    import comfy_aimdo.model_vbar
     from snug.nodes.adapter.patcher import adopt
 
-    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", FakeHostBuffer)
-    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", FakeVBAR)
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 8 << 30)
     patcher = adopt(
         comfy.model_patcher.ModelPatcherDynamic(sd3[0].model, torch.device("meta"), torch.device("cpu"))
     )
