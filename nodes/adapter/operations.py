@@ -11,9 +11,14 @@ import comfy.ops
 import torch
 import torch.nn.functional as F
 
+from ...quant_backends.core.packed import PackedTensor
+from ...quant_backends.formats import FORMATS
 from ...quant_backends.kernels.embedding import embedding
-from .layout import is_packed, packed_linear, packed_tensor, unpack
+from .layout import is_packed, pack, packed_linear, packed_tensor, unpack
 from .packed_module import LoadSettings, PackedWeightModule
+
+# The plain types that a model of a wider type takes over as they are.
+HALVES = {FORMATS[name].dtype: FORMATS[name] for name in ("F16", "BF16")}
 
 
 def build_operations(load_settings: LoadSettings) -> type[comfy.ops.manual_cast]:
@@ -91,6 +96,12 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
                 error_msgs.append(
                     f"size mismatch for {key}: the file has {tuple(value.shape)}, the model needs {shape}."
                 )
+                continue
+            elif name == "weight" and value.dtype in HALVES and value.dtype.itemsize < dtype.itemsize:
+                # A float32 copy (on a CPU) would take three times the memory of the mapped file.
+                data = value.contiguous().view(-1).view(torch.uint8)
+                weight = pack(PackedTensor(data, HALVES[value.dtype], shape), dtype)
+                self.take_weight(weight, error_msgs, key, shape)
                 continue
             elif name == "bias" or not local_metadata.get("assign_to_params_buffers", False):
                 # A bias in another dtype than the model's would make core cast the packed weight with it.

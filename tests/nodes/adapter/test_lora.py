@@ -168,14 +168,16 @@ def test_factors_on_the_device_are_counted_once(
     import comfy.model_management
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 8 << 30)
-    lora = model.make_lora(sd3[0].model, 1)
+    # Not of the largest layers: core keeps room for merging those, which takes half of so small a model.
+    lora = {k: v for k, v in model.make_lora(sd3[0].model, 1).items() if ".attn." in k}
     patcher = model.with_lora(sd3[0], lora)
     patcher.load_device = torch.device("meta")
     budget = patcher.model_size() // 2
     patcher.patch_model(patcher.load_device, lowvram_model_memory=budget)
     loaded = patcher.loaded_size()
-    factors = sum(m.weight_patches.nbytes for _, m in model.packed_modules(patcher.model))
-    assert 0 < factors < sum(value.nbytes for value in lora.values())
+    patches = [module.weight_patches for _, module in model.packed_modules(patcher.model)]
+    factors = sum(found.nbytes for found in patches if found is not None)
+    assert 0 < factors <= sum(value.nbytes for value in lora.values())
     for _ in range(3):
         patcher.partially_unload(torch.device("cpu"), -1)
         assert patcher.loaded_size() == loaded

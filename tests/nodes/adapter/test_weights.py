@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from snug.quant_backends.formats import FORMATS
 
 
 def packed_bytes(patcher: Any, model: Any) -> int:
@@ -36,8 +37,10 @@ def test_core_counts_the_packed_size(sd3: Any, model: Any) -> None:
 
     packed, dense = sd3
     weights = packed_bytes(packed, model)
-    logical = sum(module.weight.numel() for _, module in model.packed_modules(packed.model))
-    assert weights == logical * 18 // 32
+    modules = [module for _, module in model.packed_modules(packed.model)]
+    logical = sum(module.weight.numel() for module in modules)
+    assert weights == sum(FORMATS[m.weight.params.format].nbytes(m.weight.shape) for m in modules)
+    assert {module.weight.params.format for module in modules} == {"Q4_0", "F16"}
     rest = management.module_size(dense.model) - 4 * logical
     assert management.module_size(packed.model) == weights + rest
     assert packed.model_size() == weights + rest
