@@ -75,6 +75,23 @@ class ScaledFormat:
         """Whether `decode_rows` can write this dtype itself: with the same result as from float32, in fewer passes."""
         return dtype == torch.float32
 
+    @property
+    def can_quantize(self) -> bool:
+        """Whether `encode_rows` and `data_dtype` exist: most formats are only read."""
+        return False
+
+    @property
+    def data_dtype(self) -> torch.dtype:
+        """The dtype of `data`, which has the logical shape."""
+        raise NotImplementedError
+
+    def encode_rows(self, rows: torch.Tensor, data: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Round float32 rows [rows, columns], which it may overwrite, into `data` of that shape.
+
+        Returns the parts of these rows, one row each; a part that all rows share comes out the same every time.
+        """
+        raise NotImplementedError
+
     def check(self, packed: PackedTensor) -> None:
         """Raise SnugError, naming the tensor at fault, unless data and parts fit this format and the shape."""
         if set(packed.parts) != set(self.part_names):

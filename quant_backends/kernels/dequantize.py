@@ -14,7 +14,7 @@ from ..core.errors import SnugError
 from ..core.host_memory import empty
 from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
-from ..formats.scaled_base import rows_and_columns
+from ..formats.scaled_base import ScaledFormat, rows_and_columns
 
 # Weights per chunk. On a CPU it weighs the fixed cost of some dozen torch calls, about 0.1 ms, against the cache
 # that intermediates of about 6 bytes a weight need: 2^19 to 2^21 measured alike, 2^18 a third slower.
@@ -108,6 +108,31 @@ def quantize(values: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
     for chunk, result in zip(blocks.split(step), packed.split(step), strict=True):
         result.copy_(fmt.quantize_blocks(chunk.float()))
     return packed.view(-1, columns // fmt.block_size * fmt.block_bytes)
+
+
+def quantize_packed(values: torch.Tensor, fmt: type[Format] | ScaledFormat) -> PackedTensor:
+    """Encode values (float, any shape) in `fmt`; the result is on their device.
+
+    Raises SnugError when `fmt` cannot be written or, for ggml, the last dimension is no whole number of blocks.
+    """
+    shape = tuple(values.shape)
+    if isinstance(fmt, type):
+        return PackedTensor(quantize(values, fmt).view(-1), fmt, shape)
+    if not fmt.can_quantize:
+        raise SnugError(
+            f"Snug reads {fmt.name} weights but does not write them; choose a float8 or a GGUF format."
+        )
+    rows, columns = rows_and_columns(shape)
+    matrix = values.reshape(rows, columns)
+    data = torch.empty((rows, columns), dtype=fmt.data_dtype, device=values.device)
+    step = max(1, weights_per_chunk(values.device) // max(1, columns))
+    parts: dict[str, list[torch.Tensor]] = {}
+    for start in range(0, rows, step):
+        chunk = matrix[start : start + step].to(torch.float32, copy=True)
+        for name, part in fmt.encode_rows(chunk, data[start : start + step]).items():
+            parts.setdefault(name, []).append(part)
+    joined = {name: torch.cat(found) if found[0].dim() else found[0] for name, found in parts.items()}
+    return PackedTensor(data.view(shape), fmt, shape, joined)
 
 
 def _output(
