@@ -52,6 +52,14 @@ def _scaled_fp8(by_row: bool) -> Callable[[str, torch.Tensor], Tensors]:
     return quantize
 
 
+def _block_fp8(name: str, weight: torch.Tensor) -> Tensors:
+    """As DeepSeek's and Qwen's FP8 checkpoints: a scale for each square of 128, whose key calls it inverse."""
+    squares = weight.float().unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    scale = squares.abs().amax((1, 3)).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    data = (squares / scale[:, None, :, None]).flatten(2).flatten(0, 1)
+    return {name: data.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+
+
 def _quanto(kind: str) -> Callable[[str, torch.Tensor], Tensors]:
     def quantize(name: str, weight: torch.Tensor) -> Tensors:
         quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
@@ -81,6 +89,7 @@ _BY_TENSOR: dict[str, Callable[[str, torch.Tensor], Tensors]] = {
     "int8": _bitsandbytes_int8,
     "fp8": _scaled_fp8(by_row=False),
     "fp8-rows": _scaled_fp8(by_row=True),
+    "fp8-blocks": _block_fp8,
     "quanto-int8": _quanto("qint8"),
     "quanto-float8": _quanto("qfloat8"),
     "quanto-int4": _quanto("qint4"),
@@ -93,13 +102,14 @@ def quantize_tensors(tensors: Mapping[str, torch.Tensor], kind: str) -> tuple[Te
     """The tensors as the library of `kind` stores them, and the metadata of the file.
 
     Matrices named "….weight" with at least 4096 elements, whole groups of 64, are quantized; the rest stays (with
-    quanto's qint4 also those without a bias, which alone tells the shape).
+    quanto's qint4 also those without a bias, which alone tells the shape; with blocks what is not made of them).
     """
+    allowed = {
+        "quanto-int4": lambda name: name.removesuffix("weight") + "bias" in tensors,
+        "fp8-blocks": lambda name: all(size % 128 == 0 for size in tensors[name].shape),
+    }.get(kind, bool)
     weights = {
-        name: value
-        for name, value in tensors.items()
-        if _is_quantizable(name, value)
-        and (kind != "quanto-int4" or name.removesuffix("weight") + "bias" in tensors)
+        name: value for name, value in tensors.items() if _is_quantizable(name, value) and allowed(name)
     }
     rest = {name: value for name, value in tensors.items() if name not in weights}
     if kind in _TORCHAO:
