@@ -37,6 +37,22 @@ def sd3_controlnet() -> Tensors:
     return {**_random(network), **positions}
 
 
+def flux_controlnet() -> Tensors:
+    """For the tiny Flux, as diffusers saves it: single blocks join query, key, value and the first half of the MLP."""
+    diffusers = pytest.importorskip("diffusers")
+    network = diffusers.FluxControlNetModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=512,
+        pooled_projection_dim=768,
+        guidance_embeds=True,
+    )
+    return _random(network)
+
+
 def _random(network: torch.nn.Module) -> Tensors:
     generator = torch.Generator().manual_seed(3)
     return {

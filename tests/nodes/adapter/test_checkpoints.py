@@ -20,6 +20,7 @@ from checkpoint_files import (
     write_sdcpp,
 )
 from fake_paging import load_dynamically
+from narrow_flux import accept_narrow_flux
 from quantized_files import dense_tensors, quantize_tensors
 from safetensors.torch import save_file
 from small_text_encoders import SmallT5
@@ -79,7 +80,7 @@ def sd15_parts(load: Any, comfyui_path: Path, tmp_path_factory: pytest.TempPathF
     }
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp8", "quanto-int8", "torchao-float8"])
+@pytest.mark.parametrize("kind", ["nf4", "fp8", "torchao-int8"])
 def test_quantized_safetensors(
     kind: str, sd15_parts: Tensors, load: Any, comfy: Any, model: Any, tmp_path: Path
 ) -> None:
@@ -209,19 +210,6 @@ def test_flux_as_it_is_published(
 
 def formats(network: torch.nn.Module, model: Any) -> set[str]:
     return {module.weight.params.format for _, module in model.packed_modules(network)}
-
-
-def accept_narrow_flux(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ComfyUI takes Flux's head count for granted; the tiny one has 2."""
-    import comfy.model_detection
-
-    original = comfy.model_detection.detect_unet_config
-
-    def detect(*args: Any, **options: Any) -> Any:
-        config = original(*args, **options)
-        return config and {**config, "num_heads": config["hidden_size"] // 128}
-
-    monkeypatch.setattr(comfy.model_detection, "detect_unet_config", detect)
 
 
 def test_plain_files_go_to_core(

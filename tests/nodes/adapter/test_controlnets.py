@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import prefixed, taesd
-from controlnet_files import Tensors, classic_controlnet, sd3_controlnet
+from controlnet_files import Tensors, classic_controlnet, flux_controlnet, sd3_controlnet
 from fake_paging import load_dynamically
+from narrow_flux import accept_narrow_flux
 from native_quantizer import native_quantizer
 from quantized_files import dense_tensors, quantize_tensors
 from safetensors.torch import save_file
@@ -18,7 +19,15 @@ from safetensors.torch import save_file
 TOLERANCE = 1e-3  # of the change that the ControlNet makes
 
 
-MAKERS = {"sd15": classic_controlnet, "sd3": sd3_controlnet}
+MAKERS = {"sd15": classic_controlnet, "sd3": sd3_controlnet, "flux": flux_controlnet}
+# A layer of each that is quantized in every file; in the last two it is put together from diffusers' parts.
+LAYERS = {
+    "sd15": "input_blocks.1.1.transformer_blocks.0.attn1.to_q",
+    "sd3": "joint_blocks.0.x_block.attn.qkv",
+    "flux": "single_blocks.0.linear1",
+}
+CONTEXT_WIDTHS = {"sd15": 768, "sd3": 4096, "flux": 512}
+POOLED_WIDTHS = {"sd3": 2048, "flux": 768}
 
 
 def write(kind: str, tensors: Tensors, folder: Path) -> tuple[Path, Path]:
@@ -32,7 +41,7 @@ def write(kind: str, tensors: Tensors, folder: Path) -> tuple[Path, Path]:
     twin = folder / "dense.safetensors"
     if kind.startswith("Q"):
         path = folder / "packed.gguf"
-        architecture = "sd3" if "pos_embed.pos_embed" in tensors else "sd1"
+        architecture = "sd1" if "input_hint_block.0.weight" in tensors else "sd3"
         write_gguf(path, tensors, kind, architecture=architecture, quantizer=native_quantizer)
         file = GGUFFile(path)
         found = load_repaired(file, file.tensors)
@@ -56,16 +65,17 @@ def sample(comfy: Any, tmp_path: Path) -> Callable[..., torch.Tensor]:
     import comfy.sd
 
     def run(patcher: Any, control: Any) -> torch.Tensor:
-        is_sd3 = "SD3" in type(patcher.model).__name__
+        family = {"SD3": "sd3", "Flux": "flux"}.get(type(patcher.model).__name__, "sd15")
         generator = torch.Generator().manual_seed(4)
-        context = torch.randn(1, 77, 4096 if is_sd3 else 768, generator=generator)
+        context = torch.randn(1, 77, CONTEXT_WIDTHS[family], generator=generator)
         hint = torch.rand(1, 3, 64, 64, generator=generator)
         noise = torch.randn(1, patcher.model.latent_format.latent_channels, 8, 8, generator=generator)
         options: dict[str, Any] = {}
-        if is_sd3:
-            options["pooled_output"] = torch.randn(1, 2048, generator=generator)
+        if family in POOLED_WIDTHS:
+            options["pooled_output"] = torch.randn(1, POOLED_WIDTHS[family], generator=generator)
         if control is not None:
-            vae = comfy.sd.VAE(sd=taesd(tmp_path / "vae", "taesd3")) if is_sd3 else None
+            with_vae = family in POOLED_WIDTHS  # the transformers' ControlNets want a latent
+            vae = comfy.sd.VAE(sd=taesd(tmp_path / "vae", "taesd3")) if with_vae else None
             options["control"] = control.copy().set_cond_hint(hint, 0.9, (0.0, 1.0), vae=vae)
             options["control_apply_to_uncond"] = True
         conditioning = [[context, options]]
@@ -86,24 +96,33 @@ def sample(comfy: Any, tmp_path: Path) -> Callable[..., torch.Tensor]:
     return run
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "nf4", "fp8", "quanto-int8"])
-@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize(
+    "family,kind",
+    [
+        *(("sd15", kind) for kind in ("Q8_0", "nf4", "fp8", "torchao-int8")),
+        *(("sd3", kind) for kind in ("Q8_0", "nf4", "fp8", "quanto-int8")),
+        *(("flux", kind) for kind in ("Q8_0", "nf4")),
+    ],
+)
 def test_equal_to_the_dense_twin(
-    family: str, kind: str, sample: Any, twins: Any, comfy: Any, model: Any, tmp_path: Path
+    family: str,
+    kind: str,
+    sample: Any,
+    twins: Any,
+    comfy: Any,
+    model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     import comfy.controlnet
     from snug.nodes.adapter.controlnets import load_controlnet
 
+    accept_narrow_flux(monkeypatch)
     path, twin = write(kind, MAKERS[family](), tmp_path)
     patcher = comfy.sd.load_diffusion_model(str(twins(family, "Q8_0").dense))
     packed, dense = load_controlnet(str(path)), comfy.controlnet.load_controlnet(str(twin))
     modules = dict(model.packed_modules(packed.control_model))
-    joined = (
-        "joint_blocks.0.x_block.attn.qkv"
-        if family == "sd3"
-        else "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
-    )
-    assert joined in modules
+    assert LAYERS[family] in modules
     assert packed.control_model_wrapped.model_size() < 0.7 * dense.control_model_wrapped.model_size()
     plain = sample(patcher, None)
     wanted = sample(patcher, dense) - plain
@@ -118,6 +137,7 @@ def test_dynamic_vram(
     """ComfyUI's patcher with paging takes the network, and every weight of it has arrived."""
     from snug.nodes.adapter.controlnets import load_controlnet
 
+    accept_narrow_flux(monkeypatch)
     path, _ = write("nf4", MAKERS[family](), tmp_path)
     load_dynamically(monkeypatch)
     patcher = load_controlnet(str(path)).control_model_wrapped

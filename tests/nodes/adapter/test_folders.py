@@ -98,3 +98,24 @@ def test_text_encoders(folders: Any, tmp_path: Path) -> None:
     assert all(Path(find_text_encoder(name)).is_file() for name in text_encoder_files())
     with pytest.raises(SnugError, match=r"The text encoder 'gone\.gguf' was not found in .*press R"):
         find_text_encoder("gone.gguf")
+
+
+@pytest.mark.parametrize(
+    "library,key", [("LORAS", "loras"), ("CHECKPOINTS", "checkpoints"), ("CONTROLNETS", "controlnet")]
+)
+def test_gguf_beside_safetensors(library: str, key: str, folders: Any, tmp_path: Path) -> None:
+    """Keys of Snug's own, as other packs share none; ComfyUI's lists stay as they are."""
+    from snug.nodes.adapter import folders as libraries
+
+    extensions = {".safetensors", ".sft", ".ckpt"}
+    folders.folder_names_and_paths[key] = ([str(tmp_path)], extensions)
+    libraries.register()
+    found = getattr(libraries, library)
+    assert [name.replace("\\", "/") for name in found.files()] == [
+        "a.safetensors",
+        "b.gguf",
+        "d.sft",
+        "sub/c.GGUF",
+    ]
+    assert found.find("b.gguf") == str(tmp_path / "b.gguf")
+    assert "b.gguf" not in folders.get_filename_list(key) and ".gguf" not in extensions
