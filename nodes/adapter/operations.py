@@ -97,7 +97,7 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
                     f"size mismatch for {key}: the file has {tuple(value.shape)}, the model needs {shape}."
                 )
                 continue
-            elif name == "weight" and value.dtype in HALVES and value.dtype.itemsize < dtype.itemsize:
+            elif name == "weight" and _is_half_of(value.dtype, dtype):
                 # A float32 copy (on a CPU) would take three times the memory of the mapped file.
                 data = value.contiguous().view(-1).view(torch.uint8)
                 weight = pack(PackedTensor(data, HALVES[value.dtype], shape), dtype)
@@ -115,6 +115,10 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
             if is_packed(weight) and not self.patched():
                 return packed_linear(input, weight, bias)
             return F.linear(input, self.dense_weight(weight, input.dtype), bias)
+
+
+def _is_half_of(stored: torch.dtype, wanted: torch.dtype | None) -> bool:
+    return stored in HALVES and wanted is not None and stored.itemsize < wanted.itemsize
 
 
 class PackedConv(PackedWeightModule):

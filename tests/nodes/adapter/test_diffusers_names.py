@@ -104,7 +104,8 @@ def test_the_same_as_comfyuis_own_conversion(family: str) -> None:
     mine = to_original_names(state)
     assert mine.keys() == own.keys()
     for name, value in own.items():
-        assert torch.equal(mine[name], value), name
+        found = mine[name]
+        assert isinstance(found, torch.Tensor) and torch.equal(found, value), name
 
 
 Call = Callable[[Any, Any, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
