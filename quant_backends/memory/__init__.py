@@ -1,0 +1,1 @@
+"""Plans for memory: which weights are kept small, and where. They move nothing themselves."""
