@@ -11,6 +11,7 @@ logger = logging.getLogger("snug")
 
 class SnugExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .layerwise_casting import SnugLayerwiseCasting, SnugLayerwiseCastingCLIP
         from .load_checkpoint import SnugLoadCheckpoint
         from .load_controlnet import SnugLoadControlNet
         from .load_diffusion_model import SnugLoadDiffusionModel
@@ -23,6 +24,8 @@ class SnugExtension(ComfyExtension):
             SnugLoadCheckpoint,
             SnugLoadLora,
             SnugLoadControlNet,
+            SnugLayerwiseCasting,
+            SnugLayerwiseCastingCLIP,
         ]
 
 
