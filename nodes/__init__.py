@@ -17,6 +17,7 @@ class SnugExtension(ComfyExtension):
         from .load_diffusion_model import SnugLoadDiffusionModel
         from .load_lora import SnugLoadLora
         from .load_text_encoders import SnugLoadTextEncoders
+        from .torch_compile import SnugTorchCompile
 
         return [
             SnugLoadDiffusionModel,
@@ -26,6 +27,7 @@ class SnugExtension(ComfyExtension):
             SnugLoadControlNet,
             SnugLayerwiseCasting,
             SnugLayerwiseCastingCLIP,
+            SnugTorchCompile,
         ]
 
 
