@@ -41,7 +41,9 @@ def refuse_other_kinds(path: Path, names: Collection[str], metadata: Mapping[str
             "put it into models/text_encoders and load it with Load Text Encoders (Snug)",
         )
     if any(CONTROLNET.match(name) for name in names):
-        _refuse(path, f"a ControlNet{known_as}", "put it into models/controlnet and use Load ControlNet (Snug)")
+        _refuse(
+            path, f"a ControlNet{known_as}", "put it into models/controlnet and use Load ControlNet (Snug)"
+        )
     if any(VAE_DECODER.match(name) for name in names) and all(VAE.match(name) for name in names):
         _refuse(path, f"a VAE{known_as}", "put it into models/vae and load it with a VAE loader")
     if all(COMPANIONS.match(name) for name in names):
