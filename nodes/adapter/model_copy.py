@@ -67,7 +67,7 @@ class ModelCopy:
             return self._parameter(value)
         if isinstance(value, MethodType) and id(value.__self__) in self._inside:
             return MethodType(value.__func__, self._module(value.__self__))
-        kind = type(value)
+        kind: Any = type(value)
         if kind in (dict, OrderedDict):
             return kind((key, self.counterpart(item)) for key, item in value.items())
         if kind in (list, tuple, set):
@@ -76,7 +76,8 @@ class ModelCopy:
 
     def _module(self, module: Any) -> Any:
         if id(module) not in self._copies:
-            twin = self._copies[id(module)] = type(module).__new__(type(module))
+            kind: Any = type(module)
+            twin = self._copies[id(module)] = kind.__new__(kind)
             state = {name: value for name, value in module.__dict__.items() if not _is_of_loading(name)}
             if "prev_comfy_cast_weights" in module.__dict__:
                 state["comfy_cast_weights"] = module.prev_comfy_cast_weights

@@ -56,11 +56,12 @@ class Outer(torch.nn.Module):
 def test_references_lead_to_the_copies(comfy: Any) -> None:
     from snug.nodes.adapter.model_copy import ModelCopy
 
-    model = Outer()
-    model.parts[0].comfy_patched_weights = True
-    model.parts[0].comfy_cast_weights, model.parts[0].prev_comfy_cast_weights = True, False
+    model: Any = Outer()
+    first: Any = model.parts[0]
+    first.comfy_patched_weights = first.comfy_cast_weights = True
+    first.prev_comfy_cast_weights = False
     copied = ModelCopy(model)
-    twin = copied.model
+    twin: Any = copied.model
     assert type(twin) is Outer and twin.current_patcher is None
     assert twin.parts[0] is not model.parts[0]
     assert twin.by_name["first"] is twin.parts[0]
