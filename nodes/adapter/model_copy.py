@@ -65,13 +65,13 @@ class ModelCopy:
             return self._module(value) if id(value) in self._inside else value
         if isinstance(value, torch.nn.Parameter):
             return self._parameter(value)
-        if isinstance(value, MethodType) and id(value.__self__) in self._inside:
-            return MethodType(value.__func__, self._module(value.__self__))
         kind: Any = type(value)
         if kind in (dict, OrderedDict):
             return kind((key, self.counterpart(item)) for key, item in value.items())
         if kind in (list, tuple, set):
             return kind(self.counterpart(item) for item in value)
+        if isinstance(value, MethodType) and id(value.__self__) in self._inside:
+            return MethodType(value.__func__, self._module(value.__self__))
         return value
 
     def _module(self, module: Any) -> Any:
