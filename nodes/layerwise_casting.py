@@ -16,9 +16,9 @@ def _storage_input() -> io.Combo.Input:
         options=list(STORAGE_FORMATS),
         default=next(iter(STORAGE_FORMATS)),
         tooltip=(
-            "The number format that weights are kept in, one byte each. e4m3fn is the more exact of the two; e5m2 "
-            "covers a wider range with less precision. 'per row' scales each row of a weight to the whole range of "
-            "float8: more exact at practically the same size."
+            "The number format that weights are kept in, one byte each. e4m3fn is twice as exact as e5m2 but holds "
+            "small numbers badly; 'per row' scales each row of a weight to its whole range, which mends that at "
+            "practically the same size. e5m2 has the range by itself."
         ),
     )
 

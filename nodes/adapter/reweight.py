@@ -24,6 +24,7 @@ from comfy_api.torch_helpers.torch_compile import (
 )
 
 from ...quant_backends.core.packed import PackedTensor
+from .compat import is_dynamic
 from .layout import pack
 from .loading import ignore
 from .model_copy import ModelCopy
@@ -113,14 +114,18 @@ def rebuild(
     model: torch.nn.Module,
     load_device: torch.device,
     offload_device: torch.device,
+    dynamic: bool,
     disable_dynamic: bool = False,
 ) -> Any:
-    """Newer ComfyUI asks for the model anew when it must not use dynamic VRAM, or for another GPU: one more copy."""
+    """Newer ComfyUI asks for the model anew when it must not use dynamic VRAM, or for another GPU: one more copy.
+
+    dynamic: whether `model` is used with dynamic VRAM.
+    """
     unload(model)
-    plain = comfy.model_patcher.ModelPatcher
-    kind = plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+    use_dynamic = dynamic and not disable_dynamic
+    kind = comfy.model_patcher.CoreModelPatcher if use_dynamic else comfy.model_patcher.ModelPatcher
     patcher = adopt(kind(ModelCopy(model).model, load_device, offload_device))
-    patcher.cached_patcher_init = (rebuild, (model, load_device, offload_device))
+    patcher.cached_patcher_init = (rebuild, (model, load_device, offload_device, dynamic))
     return patcher
 
 
@@ -169,7 +174,7 @@ def _patcher_over(patcher: Any, copied: ModelCopy) -> Any:
     _renew_injections(new)
     _renew_compilation(new)
     adopt(new)
-    new.cached_patcher_init = (rebuild, (new.model, new.load_device, new.offload_device))
+    new.cached_patcher_init = (rebuild, (new.model, new.load_device, new.offload_device, is_dynamic(new)))
     return new
 
 

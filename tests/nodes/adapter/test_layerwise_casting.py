@@ -268,6 +268,7 @@ def test_cancelling_leaves_the_model_alone(sd3: Any, model: Any) -> None:
 @pytest.mark.parametrize("storage", [ROWS, "float8_e5m2"])
 def test_clip(storage: str, comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Any) -> None:
     from snug.nodes.adapter.layerwise_casting import cast_clip
+    from snug.nodes.layerwise_casting import SnugLayerwiseCastingCLIP
 
     save_file(SmallCLIP(comfy, monkeypatch).weights("sd1_clip_config.json"), tmp_path / "clip.safetensors")
     clip, other = (load_dense(comfy, tmp_path / "clip.safetensors", "stable_diffusion") for _ in range(2))
@@ -276,7 +277,7 @@ def test_clip(storage: str, comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
         return clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)[0]
 
     before = encode(clip)
-    new, report = cast_clip(clip, storage, "default")
+    new, report = SnugLayerwiseCastingCLIP.execute(clip, storage, "default").args
     assert new.cond_stage_model is new.patcher.model is not clip.cond_stage_model
     names = [name for name, _ in model.packed_modules(new.cond_stage_model)]
     assert len(names) == 72
@@ -285,6 +286,9 @@ def test_clip(storage: str, comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert model.relative_error(encode(new), encode(other)) < 1e-5
     assert torch.equal(encode(clip), before)
     assert model.relative_error(encode(new.clone()), before) > 1e-4
+    everything, _ = cast_clip(clip, storage, "")
+    assert len(list(model.packed_modules(everything.cond_stage_model))) > len(names)
+    assert 1e-4 < model.relative_error(encode(everything), before) < 0.2
     lora = model.make_lora(new.cond_stage_model, 1)
     changes = []
     for target in (new, other):

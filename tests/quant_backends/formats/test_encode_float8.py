@@ -87,6 +87,25 @@ def test_rows_use_the_whole_range(stored: str) -> None:
     assert dequantize_packed(packed).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("name", "errors"),
+    [
+        ("float8_e4m3fn-rows", (0.026, 0.026, 0.026)),
+        ("float8_e4m3fn-tensor", (0.033, 0.057, 0.19)),
+        ("float8_e5m2-rows", (0.053, 0.053, 0.053)),
+        ("float8_e5m2-tensor", (0.053, 0.053, 0.053)),
+    ],
+)
+def test_error_of_usual_weights(name: str, errors: tuple[float, ...]) -> None:
+    """What the help page says, for weights of the sizes 0.02, 0.01 and 0.003."""
+    values = torch.randn(64, 512, generator=torch.Generator().manual_seed(4))
+    for size, error in zip((0.02, 0.01, 0.003), errors, strict=True):
+        found = dequantize_packed(quantize_packed(values * size, scaled_format(name)))
+        assert ((found - values * size).norm() / (values * size).norm()).item() == pytest.approx(
+            error, rel=0.03
+        )
+
+
 @pytest.mark.parametrize("name", ["int8-rows", "float8_e4m3fn-128x128", "bnb-nf4-64", "quanto-int4-128"])
 def test_formats_that_are_only_read(name: str) -> None:
     with pytest.raises(SnugError, match=f"{name}.*does not write"):
