@@ -25,7 +25,7 @@ from ...quant_backends.readers.gguf_file import looks_like_gguf
 from ...quant_backends.readers.model_kind import refuse_other_kinds
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
 from .compat import flux_qk_norm, supported_arguments
-from .core_errors import is_about_the_file, summary
+from .core_errors import refused_as, summary
 from .core_formats import is_for_core
 from .layout import pack
 from .loading import COMPUTE_DTYPES, UNDECIDED_DTYPE, format_summary, ignore, model_config
@@ -96,7 +96,7 @@ def _build(
 ) -> tuple[Any, Any, Any]:
     wanted = {f"output_{part}": part in parts for part in ALL}
     wanted["embedding_directory"] = folder_paths.get_folder_paths("embeddings")
-    try:
+    with refused_as(lambda error: _unsupported(path, f"ComfyUI cannot load it ({summary(error)})")):
         if checkpoint is None:
             load = comfy.sd.load_checkpoint_guess_config
             options = supported_arguments(load, disable_dynamic=disable_dynamic)
@@ -104,10 +104,6 @@ def _build(
         else:
             _report(path, checkpoint)
             found = _build_packed(checkpoint, settings, disable_dynamic, wanted)
-    except (RuntimeError, ValueError, AttributeError) as error:
-        if isinstance(error, RuntimeError) and not is_about_the_file(error):
-            raise  # out of memory, above all, which ComfyUI handles itself
-        raise _unsupported(path, f"ComfyUI cannot load it ({summary(error)})") from error
     if found is None:
         raise _unsupported(path, "its tensors match none of the models that this ComfyUI knows")
     return found[:3]

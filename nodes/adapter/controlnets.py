@@ -23,7 +23,7 @@ from ...quant_backends.readers.gguf_file import looks_like_gguf
 from ...quant_backends.readers.gguf_values import REDOWNLOAD, shown
 from ...quant_backends.readers.join_rows import Value, join_rows, rows
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
-from .core_errors import is_about_the_file, summary
+from .core_errors import refused_as, summary
 from .layout import pack
 from .loading import UNDECIDED_DTYPE, ignore
 from .operations import build_operations
@@ -46,15 +46,11 @@ def load_controlnet(path: str, model: Any = None) -> Any:
     bar = comfy.utils.ProgressBar(2 * os.path.getsize(path) if os.path.exists(path) else 0)
     tensors = _open(path, lambda done, _total: bar.update_absolute(done))
     settings = LoadSettings(on_weight=bar.update)
-    try:
+    with refused_as(lambda error: _unsupported(path, f"ComfyUI cannot build it ({summary(error)})")):
         if tensors is None:
             control = comfy.controlnet.load_controlnet(path, model)
         else:
             control = _build(path, tensors, model, settings)
-    except (RuntimeError, AttributeError, KeyError, TypeError) as error:
-        if isinstance(error, RuntimeError) and not is_about_the_file(error):
-            raise  # out of memory, above all, which ComfyUI handles itself
-        raise _unsupported(path, f"ComfyUI cannot build it ({summary(error)})") from error
     if control is None:
         raise _unsupported(path, "its tensors match none of the ControlNets that this ComfyUI knows")
     settings.on_weight = ignore
@@ -157,6 +153,8 @@ def _joined(path: str, tensors: Mapping[str, Value]) -> tuple[dict[str, Value], 
 
 def _runs(ids: torch.Tensor) -> list[tuple[int, int]]:
     """(first, last + 1) of every run of consecutive numbers."""
+    if not len(ids):
+        return []
     cuts = [0, *((ids.diff() != 1).nonzero().flatten() + 1).tolist(), len(ids)]
     return [(int(ids[start]), int(ids[stop - 1]) + 1) for start, stop in zip(cuts, cuts[1:], strict=False)]
 

@@ -11,7 +11,6 @@ from typing import Any
 import comfy.sd
 import comfy.utils
 import torch
-from safetensors import SafetensorError
 
 from ...quant_backends.core.errors import FileFormatError
 from ...quant_backends.core.packed import PackedTensor
@@ -22,7 +21,7 @@ from ...quant_backends.readers.model_kind import refuse_other_kinds
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
 from ...quant_backends.registry import summary_for_tooltip
 from .compat import flux_qk_norm, supported_arguments
-from .core_errors import is_about_the_file, summary
+from .core_errors import refused_as, summary
 from .core_formats import is_for_core
 from .folders import files_of
 from .layout import pack
@@ -101,16 +100,14 @@ def open_tensors(path: str, progress: Callable[[int, int], None] | None = None) 
 
 def _load_with_core(path: str, disable_dynamic: bool) -> Any:
     options = supported_arguments(comfy.sd.load_diffusion_model, disable_dynamic=disable_dynamic)
-    try:
-        return comfy.sd.load_diffusion_model(path, **options)
-    except (RuntimeError, ValueError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and not is_about_the_file(error):
-            raise  # out of memory, above all, which ComfyUI handles itself
-        raise FileFormatError(
+    with refused_as(
+        lambda error: FileFormatError(
             path,
             f"ComfyUI cannot load this file as a diffusion model ({summary(error)})",
             "check that it is one, and complete; text encoders, VAEs, LoRAs and checkpoints have loaders of their own",
-        ) from error
+        )
+    ):
+        return comfy.sd.load_diffusion_model(path, **options)
 
 
 def _build(path: str, tensors: LoadedTensors, settings: LoadSettings, disable_dynamic: bool) -> Any:
@@ -124,17 +121,12 @@ def _build(path: str, tensors: LoadedTensors, settings: LoadSettings, disable_dy
         metadata=model_config(tensors),
         disable_dynamic=disable_dynamic,
     )
-    try:
+    with refused_as(
+        lambda error: _unsupported(path, tensors, f"its tensors do not fit the model ({summary(error)})")
+    ):
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, model_options={"custom_operations": build_operations(settings)}, **options
         )
-    except RuntimeError as error:
-        if not is_about_the_file(error):
-            raise
-        raise _unsupported(path, tensors, f"its tensors do not fit the model ({summary(error)})") from error
-    except AttributeError as error:  # core converts some names by calculating on the weights in place
-        problem = "its tensors have names that ComfyUI can only convert unquantized"
-        raise _unsupported(path, tensors, problem) from error
     if patcher is None:
         raise _unsupported(path, tensors, "its tensors match none of the models that this ComfyUI knows")
     settings.on_weight = ignore

@@ -19,9 +19,12 @@ from ...quant_backends.core.errors import FileFormatError, SnugError
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.kernels.dequantize import dequantize_packed
 from ...quant_backends.readers.conventions import open_quantized_safetensors
+from ...quant_backends.readers.gguf_file import looks_like_gguf
+from ...quant_backends.readers.gguf_values import REDOWNLOAD, shown
 from ...quant_backends.readers.lora_gguf import LoraGGUF, open_lora_gguf
-from ...quant_backends.readers.lora_names import is_lora, lora_target
+from ...quant_backends.readers.lora_names import ADAPTER_TENSOR, FACTOR, is_lora, lora_target
 from .compat import supported_arguments
+from .core_errors import refused_as, summary
 
 logger = logging.getLogger("snug")
 
@@ -55,7 +58,10 @@ def apply_lora(
     state_dict = {**lora.state_dict, **(_named(lora.gguf, model, clip) if lora.gguf else {})}
     load = comfy.sd.load_lora_for_models
     options = supported_arguments(load, lora_metadata=dict(lora.metadata) or None)
-    new_model, new_clip = load(model, clip, state_dict, strength_model, strength_clip, **options)
+    with refused_as(
+        lambda error: FileFormatError(path, f"ComfyUI cannot use this LoRA ({summary(error)})", REDOWNLOAD)
+    ):
+        new_model, new_clip = load(model, clip, state_dict, strength_model, strength_clip, **options)
     counts = {
         "model": _changed(model, new_model),
         "text encoder": _changed(clip and clip.patcher, new_clip and new_clip.patcher),
@@ -67,9 +73,10 @@ def apply_lora(
 @lru_cache(maxsize=1)
 def _open(path: str, _changed_at: int, _size: int) -> _Lora:
     """The newest file is kept, as core's loader keeps it; most of it is only mapped."""
-    if path.lower().endswith(".gguf"):
+    if looks_like_gguf(path):
         gguf = open_lora_gguf(path)
         shapes = {name: info.shape for name, info in gguf.file.tensors.items()}
+        _check_factors(path, shapes)
         return _Lora(gguf.named_tensors(), {}, gguf, shapes)
     loaded = open_quantized_safetensors(path)
     if not is_lora(loaded.state_dict):
@@ -78,7 +85,18 @@ def _open(path: str, _changed_at: int, _size: int) -> _Lora:
         name: dequantize_packed(tensor) if isinstance(tensor, PackedTensor) else tensor
         for name, tensor in loaded.state_dict.items()
     }
-    return _Lora(tensors, loaded.metadata, None, {name: tuple(t.shape) for name, t in tensors.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _check_factors(path, shapes)
+    return _Lora(tensors, loaded.metadata, None, shapes)
+
+
+def _check_factors(path: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ComfyUI would multiply them, and divide by their rank, in the middle of sampling only."""
+    for name, shape in shapes.items():
+        if ADAPTER_TENSOR.match(name) and (0 in shape or (FACTOR.match(name) and len(shape) < 2)):
+            raise FileFormatError(
+                path, f"the tensor {shown(name)} of the LoRA has the impossible shape {shape}", REDOWNLOAD
+            )
 
 
 def _no_lora(path: str, names: Mapping[str, Any]) -> FileFormatError:

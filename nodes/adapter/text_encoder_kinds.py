@@ -89,7 +89,7 @@ def detect_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         found = comfy.sd.detect_te_model(
             {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
         )
-    except IndexError:  # it looks at dimensions that a damaged file does not have
+    except LookupError:  # it looks at tensors and dimensions that a damaged file does not have
         return None
     if found is None:
         return None

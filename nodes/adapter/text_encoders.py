@@ -6,8 +6,8 @@ import importlib.util
 import logging
 import re
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from ...quant_backends.readers import (
     open_text_encoder_gguf,
     open_text_encoder_safetensors,
 )
+from ...quant_backends.readers.gguf_file import looks_like_gguf
 from ...quant_backends.readers.tokenizers import needed_tokenizer, tokenizer_tensor
 from .compat import supported_arguments
-from .core_errors import is_about_the_file, summary
+from .core_errors import refused_as, summary
 from .layout import pack
 from .mmproj import choose_mmproj, guard_missing_vision
 from .operations import build_operations
@@ -123,7 +124,7 @@ def _refuse_twice(paths: Sequence[str]) -> None:
 
 
 def _open(path: str) -> _Encoder:
-    is_gguf = path.lower().endswith(".gguf")
+    is_gguf = looks_like_gguf(path)
     file = open_text_encoder_gguf(path) if is_gguf else open_text_encoder_safetensors(path)
     kind = detect_kind(file.shapes)
     if kind is None and is_gguf:
@@ -185,27 +186,25 @@ def _check_sentencepiece(encoders: Sequence[_Encoder]) -> None:
             )
 
 
-@contextmanager
-def _errors_named(encoders: Sequence[_Encoder]) -> Iterator[None]:
+def _errors_named(encoders: Sequence[_Encoder]) -> AbstractContextManager[None]:
     """Turns what ComfyUI raises about these files into one sentence."""
     names = " and ".join(Path(encoder.path).name for encoder in encoders)
-    try:
-        yield
-    except (TypeError, ValueError, AttributeError, ImportError) as error:
+
+    def refusal(error: Exception) -> SnugError:
         # ComfyUI 0.3.75 builds Mistral's tokenizer with parts of transformers that newer ones have changed.
-        if not _is_in_tokenizer(error):
-            raise
-        raise SnugError(
-            f"This ComfyUI cannot build the tokenizer of {names} with the installed transformers "
-            f"({summary(error)}); update ComfyUI."
-        ) from error
-    except RuntimeError as error:
-        if not is_about_the_file(error):
-            raise
-        raise SnugError(
+        if isinstance(error, (TypeError, ValueError, AttributeError, ImportError)) and _is_in_tokenizer(
+            error
+        ):
+            return SnugError(
+                f"This ComfyUI cannot build the tokenizer of {names} with the installed transformers "
+                f"({summary(error)}); update ComfyUI."
+            )
+        return SnugError(
             f"The text encoder {names} does not fit the model that ComfyUI builds for it "
             f"({summary(error)}); update ComfyUI or choose another file."
-        ) from error
+        )
+
+    return refused_as(refusal)
 
 
 def _is_in_tokenizer(error: Exception) -> bool:

@@ -60,7 +60,7 @@ def _load_4bit(groups: KeyGroups, name: str, kind: str, stored: torch.Tensor) ->
 def load_int8(groups: KeyGroups) -> None:
     for layer in groups.ending(SCALES):
         layout = f"{layer}.weight_format"
-        if layout in groups.left and groups.take(layout).view(torch.uint8).any():
+        if layout in groups.left and groups.take(layout).view(-1).view(torch.uint8).any():
             groups.file.fail(
                 f"{shown(layer)} is stored in a GPU's own tile order of an old bitsandbytes",
                 "save the model again with a current bitsandbytes, which stores rows",

@@ -93,7 +93,7 @@ def _transformer_places(tensors: Collection[str], names: Names) -> dict[str, _Pl
     for target, parts in names.joined.items():
         known.update({name: _Place(target, part, len(parts)) for part, name in enumerate(parts)})
     blocks = {(match[1], int(match[2])) for name in tensors if (match := _BLOCK.fullmatch(name))}
-    last = {kind: max(number for other, number in blocks if other == kind) for kind, _ in blocks}
+    last = dict(sorted(blocks))  # the highest number of a kind is the last to be set
     places = {}
     for name in tensors:
         match = _BLOCK.fullmatch(name)

@@ -11,6 +11,8 @@ ADAPTER_TENSOR = re.compile(
     r"|\.lora_linear_layer\.(up|down)\.weight|\.lora_[ab]|\.hada_[wt][12](_[ab])?|\.lokr_[wt][12](_[ab])?"
     r"|\.[ab][12]\.weight|\.oft_(blocks|diag)|\.diff(_b)?|\.set_weight|\.[wb]_norm)$"
 )
+# The two matrices of a LoRA among them.
+FACTOR = re.compile(r".*[._]lora(_linear_layer)?[._](up|down|[ABab])(\.|$)")
 
 # Names as trainers write them, with every dot as an underscore, and what such a LoRA is for. The first that
 # matches counts.

@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Make, str, tuple[str, ...]]] = {
     "GGUF called safetensors": (
         content("t5.safetensors", b"GGUF" + bytes(60)),
         "sd3",
-        ("is a GGUF model", "give it the ending .gguf"),
+        ("has GGUF version 0", "expected 2 or 3"),
     ),
     "truncated safetensors": (
         content("cut.safetensors", len(HEADER_WITHOUT_DATA).to_bytes(8, "little") + HEADER_WITHOUT_DATA),

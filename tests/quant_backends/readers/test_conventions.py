@@ -78,6 +78,8 @@ def test_bitsandbytes_int8_in_another_order_is_refused(opened: Opened) -> None:
     tensors = {"a.weight": torch.zeros(2, 4, dtype=torch.int8), "a.SCB": torch.ones(2)}
     with pytest.raises(FileFormatError, match="GPU's own tile order .* save the model again"):
         opened(tensors | {"a.weight_format": torch.tensor(2, dtype=torch.uint8)})
+    with pytest.raises(FileFormatError, match="tile order"):
+        opened(tensors | {"a.weight_format": torch.tensor(2, dtype=torch.int32)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
