@@ -180,6 +180,24 @@ def test_cores_own_float8_stays(weight_dtype: torch.dtype, twins: Any, model: An
     assert torch.equal(model.run(new, load=True), before)
 
 
+def test_cores_own_quantized_layers(twins: Any, model: Any) -> None:
+    """Scaled float8 in ComfyUI's own layers; what they hold plain beside it can be cast."""
+    import comfy.sd
+
+    source = comfy.sd.load_diffusion_model(str(twins("sd3", "fp8").gguf))
+    before = model.run(source, load=True)
+    for skip, count, error in (("default", 0, 0.0), ("", 1, 0.03)):
+        new, report = cast(source, skip=skip)
+        assert report.startswith(f"{count} layers cast")
+        assert "44 layers were quantized already" in report
+        assert model.relative_error(model.run(new, load=True), before) <= error
+        new.detach()
+        load_nothing(new)
+        assert model.relative_error(model.run(new), before) <= error
+        new.detach()
+    assert torch.equal(model.run(source, load=True), before)
+
+
 def test_half_precision_weights_of_the_file_are_cast(
     sd3: Any, twins: Any, model: Any, tmp_path: Path
 ) -> None:
