@@ -53,7 +53,9 @@ def reweight(patcher: Any, choose: ChooseWeight, compute_dtype: torch.dtype | No
     dtype = compute_dtype or _decoding_dtype(patcher)
     operations = build_operations(LoadSettings(on_weight=ignore))
     bar = comfy.utils.ProgressBar(sum(_cost(layer) for _, layer in layers))
-    tied: dict[int, torch.nn.Parameter] = {}
+    tied: dict[
+        int, torch.nn.Parameter
+    ] = {}  # by the old one's id, which stays its own: the copy holds on to it
     for name, layer in layers:
         comfy.model_management.throw_exception_if_processing_interrupted()
         cost, old = _cost(layer), layer.weight
