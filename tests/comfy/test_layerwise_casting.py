@@ -11,24 +11,9 @@ import torch
 from comfy_server import ComfyServer
 from tiny import make_tiny_lora
 from twins import Twins
-from workflows import Workflow, build_workflow, saved_latent
+from workflows import Workflow, build_workflow, saved_latent, with_casting
 
 pytestmark = pytest.mark.comfy
-
-
-def with_casting(workflow: Workflow, after: str, **settings: Any) -> Workflow:
-    """The workflow with the node behind the node `after`, and its report shown."""
-    for node in workflow.values():
-        for name, value in node["inputs"].items():
-            if name == "model" and value == [after, 0]:
-                node["inputs"][name] = ["casting", 0]
-    inputs = {"storage_dtype": "float8_e4m3fn per row", "compute_dtype": "auto", "skip_patterns": "default"}
-    workflow["casting"] = {
-        "class_type": "SnugLayerwiseCasting",
-        "inputs": {"model": [after, 0], **inputs, **settings},
-    }
-    workflow["report"] = {"class_type": "PreviewAny", "inputs": {"source": ["casting", 1]}}
-    return workflow
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux"])

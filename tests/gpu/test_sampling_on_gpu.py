@@ -13,7 +13,7 @@ from quantized_files import KINDS, quantized_twins
 from snug_path import ROOT
 from tiny import make_tiny_lora, make_tiny_model, use_comfyui
 from twins import make_twins
-from workflows import Lora, build_workflow, saved_latent
+from workflows import Lora, build_workflow, saved_latent, with_casting
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +43,7 @@ def server(
 def sample(
     request: pytest.FixtureRequest, server: ComfyServer, comfyui_path: Path
 ) -> Callable[..., torch.Tensor]:
-    """sample("snug" or "dense", LoRAs) of a tiny Flux in one format."""
+    """sample("snug" or "dense", LoRAs) of a tiny Flux in one format, cast to float8 behind the node `cast_after`."""
     use_comfyui(comfyui_path)
     models = server.base / "models"
     (models / "loras").mkdir(parents=True, exist_ok=True)
@@ -55,8 +55,10 @@ def sample(
     pair = write(source, models / "diffusion_models", request.param)
     files = {"snug": pair.gguf.name, "dense": pair.dense.name}
 
-    def run(loader: str, *loras: Lora) -> torch.Tensor:
+    def run(loader: str, *loras: Lora, cast_after: str = "") -> torch.Tensor:
         workflow = build_workflow("flux", loader, files[loader], loras=loras, compute_dtype="bf16")  # type: ignore[arg-type]
+        if cast_after:
+            with_casting(workflow, cast_after)
         return saved_latent(server, server.run(workflow))
 
     return run
@@ -73,3 +75,16 @@ def test_lora_arrives_and_leaves(sample: Callable[..., torch.Tensor]) -> None:
     wanted = sample("dense", lora) - sample("dense")
     assert ((with_lora - plain) - wanted).norm() < 0.05 * wanted.norm()
     assert torch.equal(again, plain)
+
+
+def test_layerwise_casting_on_either_side_of_a_lora(sample: Callable[..., torch.Tensor]) -> None:
+    """The second time the model that is cast has just been used, and lies on the GPU with the LoRA merged."""
+    lora = ("lora.safetensors", 1.0)
+    plain, with_lora = sample("dense"), sample("dense", lora)
+    cast = sample("dense", cast_after="model")
+    assert 1e-4 < (cast - plain).norm() / plain.norm() < 0.1
+    before = sample("dense", lora, cast_after="lora_0")
+    after = sample("dense", lora, cast_after="model")
+    assert (before - after).norm() < 0.02 * after.norm()
+    assert ((before - cast) - (with_lora - plain)).norm() < 0.3 * (with_lora - plain).norm()
+    assert torch.equal(sample("dense"), plain)

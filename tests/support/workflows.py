@@ -146,6 +146,21 @@ def _image(setup: SamplingSetup, output: str) -> Workflow:
     }
 
 
+def with_casting(workflow: Workflow, after: str, **settings: Any) -> Workflow:
+    """The workflow with a layerwise casting node behind the node `after`; its report is in outputs["report"]["text"]."""
+    for node in workflow.values():
+        for name, value in node["inputs"].items():
+            if name == "model" and value == [after, 0]:
+                node["inputs"][name] = ["casting", 0]
+    inputs = {"storage_dtype": "float8_e4m3fn per row", "compute_dtype": "auto", "skip_patterns": "default"}
+    workflow["casting"] = {
+        "class_type": "SnugLayerwiseCasting",
+        "inputs": {"model": [after, 0], **inputs, **settings},
+    }
+    workflow["report"] = {"class_type": "PreviewAny", "inputs": {"source": ["casting", 1]}}
+    return workflow
+
+
 def saved_latent(server: ComfyServer, outputs: dict[str, Any]) -> torch.Tensor:
     """The latent that a workflow saved."""
     saved = outputs["save"]["latents"][0]
