@@ -147,7 +147,7 @@ def _image(setup: SamplingSetup, output: str) -> Workflow:
 
 
 def with_casting(workflow: Workflow, after: str, **settings: Any) -> Workflow:
-    """The workflow with a layerwise casting node behind the node `after`; its report is in outputs["report"]["text"]."""
+    """The workflow with layerwise casting behind the node `after`; the report is in outputs["report"]["text"]."""
     for node in workflow.values():
         for name, value in node["inputs"].items():
             if name == "model" and value == [after, 0]:
