@@ -53,8 +53,12 @@ def _scaled_fp8(by_row: bool) -> Callable[[str, torch.Tensor], Tensors]:
 
 
 def _block_fp8(name: str, weight: torch.Tensor) -> Tensors:
-    """As DeepSeek's and Qwen's FP8 checkpoints: a scale for each square of 128, whose key calls it inverse."""
-    squares = weight.float().unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    """As DeepSeek's and Qwen's FP8 checkpoints: a scale for each square of 128, whose key calls it inverse.
+
+    In small models squares of 64 where the weight is not made of larger ones.
+    """
+    side = 128 if all(size % 128 == 0 for size in weight.shape) else 64
+    squares = weight.float().unflatten(0, (-1, side)).unflatten(2, (-1, side))
     scale = squares.abs().amax((1, 3)).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
     data = (squares / scale[:, None, :, None]).flatten(2).flatten(0, 1)
     return {name: data.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
@@ -106,7 +110,7 @@ def quantize_tensors(tensors: Mapping[str, torch.Tensor], kind: str) -> tuple[Te
     """
     allowed = {
         "quanto-int4": lambda name: name.removesuffix("weight") + "bias" in tensors,
-        "fp8-blocks": lambda name: all(size % 128 == 0 for size in tensors[name].shape),
+        "fp8-blocks": lambda name: all(size % 64 == 0 for size in tensors[name].shape),
     }.get(kind, bool)
     weights = {
         name: value for name, value in tensors.items() if _is_quantizable(name, value) and allowed(name)
