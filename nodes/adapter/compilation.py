@@ -130,19 +130,28 @@ class CompiledForward:
         self.compiled = wrapper.compiled(type(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.wrapper.failed:
-            return type(self.module).forward(self.module, *args, **kwargs)
-        if "transformer_options" in kwargs:
-            kwargs["transformer_options"] = _traceable_options(kwargs["transformer_options"], self.is_block)
-        if self.wrapper.settings.dynamic == "auto":
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, torch.Tensor) and value.dim() in (2, 3):
-                    torch._dynamo.mark_static(value, value.dim() - 1)
-        try:
-            return self.compiled(self.module, *args, **kwargs)
-        except COMPILER_ERRORS as error:
-            self.wrapper.give_up(error, type(self.module).__name__)
+        if not self.wrapper.failed:
+            try:
+                stable = {name: self._stable(value, name) for name, value in kwargs.items()}
+                return self.compiled(self.module, *map(self._stable, args), **stable)
+            except COMPILER_ERRORS as error:
+                self.wrapper.give_up(error, type(self.module).__name__)
         return type(self.module).forward(self.module, *args, **kwargs)
+
+    def _stable(self, value: Any, name: str = "") -> Any:
+        """An argument with what never matters, or never changes, made so for the compiler too.
+
+        Activations are [batch, features] or [batch, tokens, features].
+        """
+        if name == "transformer_options":
+            return _traceable_options(value, self.is_block)
+        if not isinstance(value, torch.Tensor) or value.dim() not in (2, 3):
+            return value
+        if self.is_block and value.stride(-1) != 1:
+            value = value.contiguous()  # a view for the first block alone, which would be compiled for it
+        if self.wrapper.settings.dynamic == "auto":
+            torch._dynamo.mark_static(value, value.dim() - 1)
+        return value
 
 
 def _traceable_options(options: dict[str, Any], is_block: bool) -> dict[str, Any]:

@@ -88,31 +88,26 @@ _in_use: dict[int, Opaque] = torch.ops.snug.layer_linear.in_use
 # ---- what layers run instead of their forward ------------------------------------------------------------------
 
 
-class Opaque:
-    """Stands for the forward of `layer` while compiled code runs.
+class Opaque(torch.nn.Module):
+    """Stands for the forward of `layer` while compiled code runs. A module, whose ints are constants to the compiler.
 
     number: what the operations know it by, as a tensor: an int would be a constant of the graph, and every block
     would be compiled for itself. eager: the layer's forward as it was, another node's included.
     """
 
     def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
         self.layer = layer
         self.number = torch.tensor(id(self), dtype=torch.int64)
         self.eager: Callable[..., torch.Tensor] = layer.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise NotImplementedError
 
 
 class OpaqueLinear(Opaque):
     """The whole layer is one operation: a matmul gains nothing from being traced."""
 
-    def __init__(self, layer: Any) -> None:
-        super().__init__(layer)
-        self.features: int = layer.out_features
-
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.ops.snug.layer_linear.default(input, self.number, self.features)
+        layer: Any = self.layer
+        return torch.ops.snug.layer_linear.default(input, self.number, layer.out_features)
 
 
 class OpaqueWeights(Opaque):
