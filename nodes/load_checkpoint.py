@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from comfy_api.latest import io
@@ -56,8 +55,7 @@ class SnugLoadCheckpoint(io.ComfyNode):
         """Changes when the file on disk does, so that a replaced file is loaded anew."""
         if checkpoint_name is None:  # comes from another node and is not known yet
             return (None, compute_dtype)
-        stat = os.stat(folders.CHECKPOINTS.find(checkpoint_name))
-        return (checkpoint_name, compute_dtype, stat.st_mtime_ns, stat.st_size)
+        return (compute_dtype, *folders.state_on_disk(folders.CHECKPOINTS.find(checkpoint_name)))
 
     @classmethod
     def execute(cls, checkpoint_name: str, compute_dtype: str) -> io.NodeOutput:

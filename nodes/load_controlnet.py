@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from comfy_api.latest import io
@@ -47,8 +46,7 @@ class SnugLoadControlNet(io.ComfyNode):
         """Changes when the file on disk does, so that a replaced file is loaded anew."""
         if control_net_name is None:  # comes from another node and is not known yet
             return (None,)
-        stat = os.stat(folders.CONTROLNETS.find(control_net_name))
-        return (control_net_name, stat.st_mtime_ns, stat.st_size)
+        return folders.state_on_disk(folders.CONTROLNETS.find(control_net_name))
 
     @classmethod
     def execute(cls, control_net_name: str, model: Any = None) -> io.NodeOutput:

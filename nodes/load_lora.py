@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from comfy_api.latest import io
@@ -66,8 +65,7 @@ class SnugLoadLora(io.ComfyNode):
         """Changes when the file on disk does, so that a replaced file is loaded anew."""
         if lora_name is None:  # comes from another node and is not known yet
             return (None, strength_model, strength_clip)
-        stat = os.stat(folders.LORAS.find(lora_name))
-        return (lora_name, strength_model, strength_clip, stat.st_mtime_ns, stat.st_size)
+        return (strength_model, strength_clip, *folders.state_on_disk(folders.LORAS.find(lora_name)))
 
     @classmethod
     def execute(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -75,13 +76,17 @@ class SnugLoadTextEncoders(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, text_encoder_1: str, type: str, **optional: str) -> tuple[object, ...]:
-        """Changes when a file on disk does, so that a replaced file is loaded anew."""
-        names = _chosen(text_encoder_1, optional)
+    def fingerprint_inputs(
+        cls, text_encoder_1: str | None, type: str | None, **optional: str | None
+    ) -> tuple[object, ...]:
+        """Changes when a file on disk does, so that a replaced file is loaded anew; with auto also when a vision
+        part is put beside a text encoder."""
         mmproj = optional.get("mmproj", AUTO)
-        names += [mmproj] if mmproj not in (AUTO, NONE) else []
-        stats = [os.stat(folders.find_text_encoder(name)) for name in names]
-        return (type, mmproj, *names, *((stat.st_mtime_ns, stat.st_size) for stat in stats))
+        names = [*_chosen(text_encoder_1, optional), *([mmproj] if mmproj not in (AUTO, NONE) else [])]
+        # None comes from another node and is not known yet.
+        paths = [folders.find_text_encoder(name) for name in names if name is not None]
+        parts = folders.parts_on_disk(paths) if mmproj == AUTO else ()
+        return (type, mmproj, *names, *map(folders.state_on_disk, paths), *parts)
 
     @classmethod
     def execute(cls, text_encoder_1: str, type: str, **optional: str) -> io.NodeOutput:
@@ -92,6 +97,6 @@ class SnugLoadTextEncoders(io.ComfyNode):
         return io.NodeOutput(load_text_encoders(paths, type, mmproj))
 
 
-def _chosen(first: str, optional: dict[str, str]) -> list[str]:
+def _chosen(first: Any, optional: Mapping[str, Any]) -> list[Any]:
     others = (optional.get(f"text_encoder_{number}", NONE) for number in (2, 3, 4))
     return [first, *(name for name in others if name != NONE)]

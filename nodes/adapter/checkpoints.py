@@ -24,6 +24,7 @@ from ...quant_backends.readers.checkpoint_parts import (
 from ...quant_backends.readers.gguf_file import looks_like_gguf
 from ...quant_backends.readers.model_kind import refuse_other_kinds
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
+from ...quant_backends.readers.sharded_safetensors import refuse_part
 from .compat import flux_qk_norm, supported_arguments
 from .core_errors import refused_as, summary
 from .core_formats import is_for_core
@@ -82,6 +83,7 @@ def _open(path: str, progress: Callable[[int, int], None]) -> CheckpointParts | 
     """The parts of a checkpoint; None for files that ComfyUI's own loader takes."""
     if looks_like_gguf(path):
         return open_checkpoint_gguf(GGUFFile(path), flux_qk_norm(), progress)
+    refuse_part(path)
     file = SafetensorsFile(path)
     refuse_other_kinds(file.path, file.tensors, file.metadata)
     return None if is_for_core(file) else open_checkpoint_safetensors(file, flux_qk_norm(), progress)

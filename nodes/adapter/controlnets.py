@@ -23,6 +23,7 @@ from ...quant_backends.readers.gguf_file import looks_like_gguf
 from ...quant_backends.readers.gguf_values import REDOWNLOAD, shown
 from ...quant_backends.readers.join_rows import Value, join_rows, rows
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
+from ...quant_backends.readers.sharded_safetensors import refuse_part
 from .core_errors import refused_as, summary
 from .layout import pack
 from .loading import UNDECIDED_DTYPE, ignore
@@ -64,6 +65,7 @@ def _open(path: str, progress: Callable[[int, int], None]) -> dict[str, Value] |
         gguf = GGUFFile(path)
         refuse_other_kinds(gguf.path, gguf.tensors, gguf.metadata)
         return with_dense(load_repaired(gguf, gguf.tensors, progress))
+    refuse_part(path)
     file = SafetensorsFile(path)
     convention = recognise(file)
     refuse_other_kinds(file.path, file.tensors, file.metadata)

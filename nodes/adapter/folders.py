@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import folder_paths
 
 from ...quant_backends.core.errors import SnugError
 from ...quant_backends.readers.diffusers_layout import list_diffusers_folders
+from ...quant_backends.readers.gguf_file import looks_like_gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +93,24 @@ def _diffusers_roots() -> list[str]:
 
 
 def files_of(path: str) -> list[str]:
-    """The files that a model consists of: the path itself, or everything in a folder."""
-    if not os.path.isdir(path):
-        return [path]
-    return sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    """The files that a model consists of: the path itself, or everything in a folder; only those that exist, as a
+    link in a download cache may lead nowhere."""
+    found = [path]
+    if os.path.isdir(path):
+        found = sorted(os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    return [file for file in found if os.path.isfile(file)]
 
 
 def state_on_disk(path: str) -> tuple[Any, ...]:
     """Changes when a file does, or one of the files of a folder."""
     return tuple((file, (stat := os.stat(file)).st_mtime_ns, stat.st_size) for file in files_of(path))
+
+
+def parts_on_disk(paths: Iterable[str]) -> tuple[Any, ...]:
+    """Changes when a file that could be the vision part of one of these text encoders comes, goes or changes."""
+    beside = {os.path.dirname(path) for path in paths if looks_like_gguf(path)}
+    names = sorted(os.path.join(folder, name) for folder in beside for name in os.listdir(folder))
+    return tuple(state_on_disk(name) for name in names if name.lower().endswith(".gguf"))
 
 
 def text_encoder_files() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from ...quant_backends.readers.diffusion_safetensors import load_diffusers_folde
 from ...quant_backends.readers.gguf_file import looks_like_gguf
 from ...quant_backends.readers.model_kind import refuse_other_kinds
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
+from ...quant_backends.readers.sharded_safetensors import is_part
 from ...quant_backends.registry import summary_for_tooltip
 from .compat import flux_qk_norm, supported_arguments
 from .core_errors import refused_as, summary
@@ -43,9 +43,6 @@ __all__ = [
 logger = logging.getLogger("snug")
 
 COMPUTE_DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-# One file of a model that diffusers has split; its folder is the model.
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$", re.IGNORECASE)
 
 # Packed weights show this dtype while ComfyUI chooses the model's: bfloat16 lets it take the one that the
 # architecture prefers on this device (float16 would be taken as the file's own wish).
@@ -87,7 +84,7 @@ def open_tensors(path: str, progress: Callable[[int, int], None] | None = None) 
     """
     if os.path.isdir(path):
         return load_diffusers_folder(path, flux_qk_norm(), progress)
-    if SHARD.search(path):
+    if is_part(path):  # its folder is the model
         return load_diffusers_folder(os.path.dirname(path), flux_qk_norm(), progress)
     if looks_like_gguf(path):
         return load_diffusion_gguf(path, flux_qk_norm(), progress)

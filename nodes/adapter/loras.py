@@ -25,6 +25,7 @@ from ...quant_backends.readers.lora_gguf import LoraGGUF, open_lora_gguf
 from ...quant_backends.readers.lora_names import ADAPTER_TENSOR, FACTOR, is_lora, lora_target
 from .compat import supported_arguments
 from .core_errors import refused_as, summary
+from .folders import state_on_disk
 
 logger = logging.getLogger("snug")
 
@@ -53,8 +54,7 @@ def apply_lora(
         raise SnugError("Load LoRA (Snug) has nothing to change: connect a model, a clip, or both.")
     if strength_model == 0 and strength_clip == 0:
         return model, clip
-    stat = os.stat(path)
-    lora = _open(path, stat.st_mtime_ns, stat.st_size)
+    lora = _open(path, state_on_disk(path))
     state_dict = {**lora.state_dict, **(_named(lora.gguf, model, clip) if lora.gguf else {})}
     load = comfy.sd.load_lora_for_models
     options = supported_arguments(load, lora_metadata=dict(lora.metadata) or None)
@@ -71,7 +71,7 @@ def apply_lora(
 
 
 @lru_cache(maxsize=1)
-def _open(path: str, _changed_at: int, _size: int) -> _Lora:
+def _open(path: str, _state: tuple[Any, ...]) -> _Lora:
     """The newest file is kept, as core's loader keeps it; most of it is only mapped."""
     if looks_like_gguf(path):
         gguf = open_lora_gguf(path)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-# Prefixes of the diffusion model inside a checkpoint, tried in this order.
-DIFFUSION_PREFIXES = ("model.diffusion_model.", "model.", "net.")
+# Prefixes of the diffusion model inside a checkpoint, tried in this order. The last three are left by tools that save
+# a whole pipeline or a wrapped model.
+DIFFUSION_PREFIXES = ("model.diffusion_model.", "model.", "net.", "diffusion_model.", "transformer.", "unet.")
 
 # What checkpoints hold beside the diffusion model: autoencoder, text encoders, the sampler's constants.
 COMPANIONS = re.compile(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..core.errors import FileFormatError
 from .gguf_values import shown
 from .json_file import read_json_object
 from .safetensors_file import PICKLE_HINT, SafetensorsFile
@@ -20,7 +21,25 @@ _SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\- ]{0,200}\.safetensors")
 # A quantized model has some thousands of tensors, torchao describes each in the index as well.
 MAX_INDEX_BYTES = 16 << 20
 MAX_SHARDS = 1000
+# One file of several, as huggingface_hub numbers them.
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.safetensors$", re.IGNORECASE)
 COMPLETE = "download the missing files of the folder, or all of it again"
+
+
+def is_part(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of several that are a model together, by its name: nothing in it says so."""
+    match = _PART.search(os.fspath(path))
+    return match is not None and int(match[1]) > 1
+
+
+def refuse_part(path: str | os.PathLike[str]) -> None:
+    """Raise FileFormatError for a file that is only a part of a model, whose other weights would be left at zero."""
+    if is_part(path):
+        raise FileFormatError(
+            path,
+            "the file is only one part of a model in several files, which this loader does not put together",
+            "choose a version of the model in one file",
+        )
 
 
 class ShardedSafetensors(SafetensorsFile):

@@ -22,6 +22,7 @@ from .conventions import Convention, load_quantized, recognise
 from .fp8_keys import FLOAT8
 from .quanto_keys import PACKED
 from .safetensors_file import SafetensorsFile
+from .sharded_safetensors import refuse_part
 from .text_encoder_kinds import refuse_other_kinds
 from .text_encoder_tables import DIRECT_TENSORS, FROM_HIDDEN, TO_HIDDEN
 
@@ -74,9 +75,10 @@ class TextEncoderSafetensors:
 def open_text_encoder_safetensors(path: str | os.PathLike[str]) -> TextEncoderSafetensors:
     """Read the header of a text encoder's safetensors file.
 
-    Raises FileFormatError when the file is damaged, quantized in a way that Snug refuses, or something else (a
-    LoRA, a diffusion model, a whole checkpoint, a VAE).
+    Raises FileFormatError when the file is damaged, one part of several, quantized in a way that Snug refuses, or
+    something else (a LoRA, a diffusion model, a whole checkpoint, a VAE).
     """
+    refuse_part(path)
     file = SafetensorsFile(path)
     refuse_other_kinds(file.path, file.tensors)
     convention = recognise(file)

@@ -37,6 +37,17 @@ def test_lists_both_kinds(folders: Any) -> None:
         assert Path(find_diffusion_model(name)).is_file()
 
 
+def test_a_link_that_leads_nowhere_is_no_file(tmp_path: Path, comfy: Any) -> None:
+    """Download caches keep such links when they are cleaned up."""
+    from snug.nodes.adapter.folders import files_of, state_on_disk
+
+    (tmp_path / "config.json").touch()
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "blob")
+    assert files_of(str(tmp_path)) == [str(tmp_path / "config.json")]
+    assert len(state_on_disk(str(tmp_path))) == 1
+    assert state_on_disk(str(tmp_path / "blob")) == ()
+
+
 def test_key_follows_folders_added_later(folders: Any, tmp_path: Path) -> None:
     from snug.nodes.adapter.folders import diffusion_model_files, register
 
@@ -119,3 +130,25 @@ def test_gguf_beside_safetensors(library: str, key: str, folders: Any, tmp_path:
     ]
     assert found.find("b.gguf") == str(tmp_path / "b.gguf")
     assert "b.gguf" not in folders.get_filename_list(key) and ".gguf" not in extensions
+
+
+def test_a_vision_part_put_beside_its_text_encoder_is_noticed(folders: Any, tmp_path: Path) -> None:
+    """The error about a missing one tells people to put it there; what ComfyUI has kept is then out of date."""
+    from snug.nodes.adapter.folders import register
+    from snug.nodes.load_text_encoders import SnugLoadTextEncoders
+
+    register()
+    ask = SnugLoadTextEncoders.fingerprint_inputs
+    alone = ask("c.GGUF", "qwen_image")
+    assert ask("c.GGUF", "qwen_image") == alone
+    (tmp_path / "sub" / "mmproj.gguf").touch()
+    assert ask("c.GGUF", "qwen_image") != alone
+    assert ask("c.GGUF", "qwen_image", mmproj="none") == ask("c.GGUF", "qwen_image", mmproj="none")
+
+
+def test_a_text_encoder_from_another_node_is_not_known_yet(folders: Any) -> None:
+    """ComfyUI asks with None; an exception would count as a change on every run."""
+    from snug.nodes.load_text_encoders import SnugLoadTextEncoders
+
+    ask = SnugLoadTextEncoders.fingerprint_inputs
+    assert ask(None, "sd3", text_encoder_2=None) == ask(None, "sd3", text_encoder_2=None)

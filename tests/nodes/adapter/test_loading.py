@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers_folders import save_folder
 from diffusers_models import tiny_diffusers_model
+from safetensors.torch import load_file, save_file
 
 
 def load(path: Path, *args: Any) -> Any:
@@ -117,6 +119,22 @@ def test_missing_file(comfy: Any) -> None:
         find_diffusion_model("gone.gguf")
 
 
+@pytest.mark.parametrize("name", ["gone.gguf", "gone.safetensors"])
+def test_a_file_that_went_after_it_was_chosen(name: str, sd3: Any, comfy: Any, tmp_path: Path) -> None:
+    """As ComfyUI builds a model again, or between choosing and loading."""
+    from snug.nodes.adapter.checkpoints import load_checkpoint
+    from snug.nodes.adapter.controlnets import load_controlnet
+    from snug.nodes.adapter.loading import load_diffusion_model
+    from snug.nodes.adapter.loras import apply_lora
+    from snug.quant_backends.core.errors import FileFormatError
+
+    path = str(tmp_path / name)
+    loaders: tuple[Any, ...] = (load_diffusion_model, load_checkpoint, load_controlnet)
+    for load_it in (*loaders, lambda path: apply_lora(sd3[0], None, path, 1.0, 1.0)):
+        with pytest.raises(FileFormatError, match=r"gone.*cannot be opened"):
+            load_it(path)
+
+
 def test_out_of_memory_is_not_blamed_on_the_file(twins: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """ComfyUI frees all models when it sees this error."""
     import comfy.sd
@@ -160,6 +178,36 @@ def test_a_packed_weight_that_a_model_reads_itself(comfy: Any, tmp_path: Path) -
     norm = MultiHeadLayerNorm((12, 256))
     norm.load_state_dict({"weight": load_diffusion_gguf(path).state_dict[name]})
     assert torch.allclose(norm.weight, torch.ones(12, 256), atol=0.01)
+
+
+def test_one_file_of_one_is_a_file_like_any_other(twins: Any, tmp_path: Path, model: Any) -> None:
+    files = twins("sd3", "nf4")
+    alone = shutil.copy(files.gguf, tmp_path / "model-00001-of-00001.safetensors")
+    assert torch.equal(model.run(load(alone), load=True), model.run(load(files.gguf), load=True))
+
+
+def test_one_file_of_several_elsewhere(twins: Any, comfy: Any, tmp_path: Path) -> None:
+    """What it lacks would be left at zero."""
+    from snug.nodes.adapter.checkpoints import load_checkpoint
+    from snug.nodes.adapter.controlnets import load_controlnet
+    from snug.nodes.adapter.text_encoders import load_text_encoders
+    from snug.quant_backends.core.errors import FileFormatError
+
+    part = str(shutil.copy(twins("sd3", "nf4").gguf, tmp_path / "model-00002-of-00003.safetensors"))
+    for load_it in (load_checkpoint, load_controlnet, lambda path: load_text_encoders([path], "sd3")):
+        with pytest.raises(FileFormatError, match="only one part of a model in several files"):
+            load_it(part)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.diffusion_model.", "model.", "net.", "diffusion_model.", "transformer.", "unet."]
+)
+def test_prefixes_of_names(prefix: str, twins: Any, tmp_path: Path, model: Any) -> None:
+    files = twins("sd3", "nf4")
+    tensors = {prefix + name: value for name, value in load_file(files.gguf).items()}
+    save_file(tensors, tmp_path / "prefixed.safetensors")
+    found = model.run(load(tmp_path / "prefixed.safetensors"), load=True)
+    assert torch.equal(found, model.run(load(files.gguf), load=True))
 
 
 def test_one_file_of_a_split_model_stands_for_its_folder(comfy: Any, tmp_path: Path, model: Any) -> None:
