@@ -96,6 +96,7 @@ def test_nothing_chosen_is_the_same_model(sd3: Any, model: Any) -> None:
     for patcher in sd3:
         new = reweight(patcher, lambda name, layer: None)
         assert new.model is not patcher.model and not new.is_clone(patcher)
+        assert new.parent is None, "ComfyUI would unload the other model in its place"
         assert new.model_size() == patcher.model_size()
         assert torch.equal(model.run(new, load=True), model.run(patcher, load=True))
 
@@ -185,7 +186,8 @@ def test_weight_hooks(sd3: Any, model: Any) -> None:
     group = comfy.hooks.HookGroup()
     group.add(hook)
     changes = []
-    for patcher in (dense, reweight(dense)):
+    new = reweight(dense)
+    for patcher in (dense, new):
         plain = model.run(patcher, load=True)
         patcher = patcher.clone()
         patcher.add_hook_patches(hook, diffs, 0.5)
@@ -194,6 +196,7 @@ def test_weight_hooks(sd3: Any, model: Any) -> None:
         comfy.model_management.load_models_gpu([patcher])
         patcher.patch_hooks(group)
         changes.append(model.run(patcher) - plain)
+        comfy.model_management.load_models_gpu([new.clone()])  # between two steps, or after a cancelled run
         patcher.clean_hooks()
         assert torch.equal(model.run(patcher), plain)
     assert changes[0].abs().max() > 0.05
