@@ -1,0 +1,147 @@
+"""How groups of weights get to the device: asynchronously, with events both ways, or not at all.
+
+A transfer is driven by `executor.GroupOffload` and owns the memory on both sides. All its calls come from one
+thread, in the order in which work is enqueued on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from ..core.errors import SnugError
+from .plan import OffloadPlan
+from .slab import Slab, Source
+
+
+class Transfer(Protocol):
+    """device: where blocks compute."""
+
+    device: torch.device
+
+    def open(self, plan: OffloadPlan, source: Source) -> None:
+        """Makes the slots and what copies start from. Called once, before anything else."""
+        ...
+
+    def copy(self, group: int, slot: int) -> None:
+        """Starts the copy of a group, after what was last released there; does not wait."""
+        ...
+
+    def wait(self, slot: int) -> None:
+        """Whatever is computed from now on comes after the copy into `slot`."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Whatever is copied into `slot` from now on comes after all that is being computed."""
+        ...
+
+    def tensors(self, block: int, slot: int) -> tuple[torch.Tensor, ...]:
+        """A block's tensors as views of the slot that its group was copied into."""
+        ...
+
+    def close(self) -> None:
+        """Frees both sides, once copies under way have ended. May be called twice."""
+        ...
+
+
+class DirectTransfer:
+    """For blocks that compute where their weights are: nothing is copied, the tensors are the source's own."""
+
+    device = torch.device("cpu")
+
+    def open(self, plan: OffloadPlan, source: Source) -> None:
+        self._source: Source | None = source
+
+    def copy(self, group: int, slot: int) -> None:
+        pass
+
+    def wait(self, slot: int) -> None:
+        pass
+
+    def release(self, slot: int) -> None:
+        pass
+
+    def tensors(self, block: int, slot: int) -> tuple[torch.Tensor, ...]:
+        assert self._source is not None
+        return tuple(self._source(block))
+
+    def close(self) -> None:
+        self._source = None
+
+
+class SlabTransfer:
+    """What transfers from a slab have in common: the slab, the slots and the views of them."""
+
+    def __init__(self, device: torch.device, pin: bool) -> None:
+        self.device = device
+        self._pin = pin
+        self._slab: Slab | None = None
+        self._slots: list[torch.Tensor] = []
+        self._views: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
+
+    @property
+    def slab(self) -> Slab:
+        assert self._slab is not None, "the transfer is not open"
+        return self._slab
+
+    def open(self, plan: OffloadPlan, source: Source) -> None:
+        self._slots = [
+            torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self.device) for _ in range(plan.slots)
+        ]
+        self._slab = Slab(plan, source, self.device if self._pin else None)
+
+    def tensors(self, block: int, slot: int) -> tuple[torch.Tensor, ...]:
+        views = self._views.get((block, slot))
+        if views is None:
+            views = self._views[block, slot] = self.slab.tensors(block, self._slots[slot])
+        return views
+
+    def close(self) -> None:
+        self._views.clear()
+        self._slots.clear()
+        if self._slab is not None:
+            self._slab.close()
+            self._slab = None
+
+
+class StreamTransfer(SlabTransfer):
+    """Copies on a stream of its own, for devices with streams and events (CUDA, ROCm, XPU).
+
+    device: with its index. pin: whether the slab is pinned; copies from pageable memory block the caller and are
+    slower. Raises SnugError when torch cannot use the device.
+    """
+
+    def __init__(self, device: torch.device, pin: bool = True) -> None:
+        super().__init__(device, pin)
+        self._module: Any = torch.get_device_module(device)
+        if not self._module.is_available():
+            raise SnugError(f"Weights cannot be streamed to {device}: torch finds no such device.")
+        self._stream: Any = self._module.Stream(device=device)
+        self._copied: list[Any] = []
+        self._released: list[Any] = []
+
+    def open(self, plan: OffloadPlan, source: Source) -> None:
+        super().open(plan, source)
+        self._copied = [self._module.Event() for _ in self._slots]
+        self._released = [self._module.Event() for _ in self._slots]
+        for number, slot in enumerate(self._slots):
+            slot.record_stream(self._stream)  # it was allocated for the stream that computes
+            self.release(number)  # its memory may still be in use by whoever had it before
+
+    def copy(self, group: int, slot: int) -> None:
+        source = self.slab.group(group)
+        with self._module.stream(self._stream):
+            self._stream.wait_event(self._released[slot])
+            self._slots[slot].narrow(0, 0, source.numel()).copy_(source, non_blocking=True)
+            self._copied[slot].record(self._stream)
+
+    def wait(self, slot: int) -> None:
+        self._module.current_stream(self.device).wait_event(self._copied[slot])
+
+    def release(self, slot: int) -> None:
+        self._released[slot].record(self._module.current_stream(self.device))
+
+    def close(self) -> None:
+        self._stream.synchronize()
+        super().close()
