@@ -1,1 +1,1 @@
-"""Plans for memory: which weights are kept small, and where. They move nothing themselves."""
+"""Where weights are and in which precision: plans, and streaming along them. Knows nothing of layers or models."""

@@ -38,10 +38,12 @@ class GroupOffload:
         self._resident: dict[int, tuple[torch.Tensor, ...]] = {}
         self._is_open = True
         try:
-            transfer.open(plan, source)
-            for block in range(len(plan.blocks)):
-                if block not in self._group_of:
-                    self._resident[block] = tuple(tensor.to(transfer.device) for tensor in source(block))
+            # Ordinary tensors, which can be written to in and out of inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                transfer.open(plan, source)
+                for block in range(len(plan.blocks)):
+                    if block not in self._group_of:
+                        self._resident[block] = tuple(tensor.to(transfer.device) for tensor in source(block))
         except BaseException:
             self.close()
             raise

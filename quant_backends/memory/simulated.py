@@ -71,13 +71,13 @@ class SimulatedTransfer(SlabTransfer):
 
     def copy(self, group: int, slot: int) -> None:
         assert slot not in self._copied, f"slot {slot} is copied into before it was released"
-        source = self.slab.group(group)
+        source = self._staged(group, slot)
         self._slots[slot].fill_(POISON)
         self._copied[slot] = (group, self.clock.copy(group, source.numel(), self._released.get(slot, 0.0)))
 
     def wait(self, slot: int) -> None:
         group, copied = self._copied[slot]
-        source = self.slab.group(group)
+        source = self._staged(group, slot)
         self._slots[slot].narrow(0, 0, source.numel()).copy_(source)
         self.waits += 1
         self._waited.add(slot)

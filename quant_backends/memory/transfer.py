@@ -6,13 +6,14 @@ thread, in the order in which work is enqueued on the device.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 
 from ..core.errors import SnugError
 from .plan import OffloadPlan
-from .slab import Slab, Source
+from .slab import GroupLayout, HostBuffer, Source
 
 
 class Transfer(Protocol):
@@ -71,38 +72,54 @@ class DirectTransfer:
 
 
 class SlabTransfer:
-    """What transfers from a slab have in common: the slab, the slots and the views of them."""
+    """What transfers from a slab have in common: all streamed bytes in one piece of host memory in the order of
+    execution, the slots, and the views of them.
+    """
 
     def __init__(self, device: torch.device, pin: bool) -> None:
         self.device = device
-        self._pin = pin
-        self._slab: Slab | None = None
+        self._pin_for = device if pin else None
+        self._host: HostBuffer | None = None
         self._slots: list[torch.Tensor] = []
         self._views: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
 
     @property
-    def slab(self) -> Slab:
-        assert self._slab is not None, "the transfer is not open"
-        return self._slab
+    def is_pinned(self) -> bool:
+        return self._host is not None and self._host.is_pinned
 
     def open(self, plan: OffloadPlan, source: Source) -> None:
+        self._plan = plan
+        self._layout = GroupLayout(plan, source)
         self._slots = [
             torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self.device) for _ in range(plan.slots)
         ]
-        self._slab = Slab(plan, source, self.device if self._pin else None)
+        self._views = {
+            (block, number): self._layout.views(block, slot)
+            for number, slot in enumerate(self._slots)
+            for block in plan.streamed
+        }
+        self._host = self._host_buffer(plan)
+
+    def _host_buffer(self, plan: OffloadPlan) -> HostBuffer:
+        slab = HostBuffer(plan.slab_bytes, self._pin_for)
+        for number, group in enumerate(plan.groups):
+            self._layout.fill(number, slab.bytes.narrow(0, group.offset, group.nbytes))
+        return slab
+
+    def _staged(self, group: int, slot: int) -> torch.Tensor:
+        """uint8 [group.nbytes]: what a copy of the group reads."""
+        assert self._host is not None, "the transfer is not open"
+        return self._host.bytes.narrow(0, self._plan.groups[group].offset, self._plan.groups[group].nbytes)
 
     def tensors(self, block: int, slot: int) -> tuple[torch.Tensor, ...]:
-        views = self._views.get((block, slot))
-        if views is None:
-            views = self._views[block, slot] = self.slab.tensors(block, self._slots[slot])
-        return views
+        return self._views[block, slot]
 
     def close(self) -> None:
         self._views.clear()
         self._slots.clear()
-        if self._slab is not None:
-            self._slab.close()
-            self._slab = None
+        if self._host is not None:
+            self._host.close()
+            self._host = None
 
 
 class StreamTransfer(SlabTransfer):
@@ -130,7 +147,7 @@ class StreamTransfer(SlabTransfer):
             self.release(number)  # its memory may still be in use by whoever had it before
 
     def copy(self, group: int, slot: int) -> None:
-        source = self.slab.group(group)
+        source = self._staged(group, slot)
         with self._module.stream(self._stream):
             self._stream.wait_event(self._released[slot])
             self._slots[slot].narrow(0, 0, source.numel()).copy_(source, non_blocking=True)
@@ -144,4 +161,42 @@ class StreamTransfer(SlabTransfer):
 
     def close(self) -> None:
         self._stream.synchronize()
+        super().close()
+
+
+class DiskTransfer(StreamTransfer):
+    """Copies weights that stay in their files: a thread reads each group from the mapped file into a small pinned
+    buffer, one part of it for each slot, and copies it from there. Where the disk is slower than the link, steps
+    take as long as reading does.
+    """
+
+    def __init__(self, device: torch.device, pin: bool = True) -> None:
+        super().__init__(device, pin)
+        self._reader = ThreadPoolExecutor(1, "snug-offload")
+        self._read: dict[int, Future[None]] = {}  # by slot
+
+    def _host_buffer(self, plan: OffloadPlan) -> HostBuffer:
+        return HostBuffer(plan.slots * plan.slot_bytes, self._pin_for)
+
+    def _staged(self, group: int, slot: int) -> torch.Tensor:
+        assert self._host is not None, "the transfer is not open"
+        part = self._host.bytes.narrow(0, slot * self._plan.slot_bytes, self._plan.groups[group].nbytes)
+        self._copied[slot].synchronize()  # the copy before may still read from it
+        self._layout.fill(group, part)
+        return part
+
+    def copy(self, group: int, slot: int) -> None:
+        self._read[slot] = self._reader.submit(super().copy, group, slot)
+
+    def wait(self, slot: int) -> None:
+        self._read[slot].result()  # the event that is waited for is recorded only then
+        super().wait(slot)
+
+    def release(self, slot: int) -> None:
+        if slot in self._read:  # a copy that nobody waited for must not wait for what comes after it
+            self._read[slot].exception()
+        super().release(slot)
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
         super().close()

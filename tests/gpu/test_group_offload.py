@@ -8,8 +8,8 @@ import pytest
 import torch
 from snug.quant_backends.memory.executor import GroupOffload
 from snug.quant_backends.memory.plan import Block, OffloadPlan, make_plan
-from snug.quant_backends.memory.slab import slab_bytes_in_use
-from snug.quant_backends.memory.transfer import StreamTransfer
+from snug.quant_backends.memory.slab import host_bytes_in_use
+from snug.quant_backends.memory.transfer import DiskTransfer, StreamTransfer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,15 +25,18 @@ def weights() -> list[torch.Tensor]:
     return [torch.randn(SIZE, SIZE, generator=generator) / SIZE**0.5 for _ in range(BLOCKS)]
 
 
-@pytest.fixture(params=[True, False], ids=["pinned", "pageable"])
+@pytest.fixture(
+    params=[(StreamTransfer, True), (StreamTransfer, False), (DiskTransfer, True)],
+    ids=["pinned", "pageable", "disk"],
+)
 def offload(request: pytest.FixtureRequest, weights: list[torch.Tensor]) -> Iterator[GroupOffload]:
-    device = torch.device("cuda", torch.cuda.current_device())
-    transfer = StreamTransfer(device, pin=request.param)
+    kind, pin = request.param
+    transfer = kind(torch.device("cuda", torch.cuda.current_device()), pin)
     offload = GroupOffload(plan(weights), lambda block: [weights[block]], transfer)
-    assert transfer.slab.is_pinned == request.param
+    assert transfer.is_pinned == pin
     yield offload
     offload.close()
-    assert slab_bytes_in_use() == 0
+    assert host_bytes_in_use() == 0
 
 
 def plan(weights: list[torch.Tensor]) -> OffloadPlan:
@@ -76,9 +79,9 @@ def test_pinned_and_device_memory_are_given_back(weights: list[torch.Tensor]) ->
     before = torch.cuda.memory_allocated()
     for _ in range(20):
         offload = GroupOffload(plan(weights), lambda block: [weights[block]], StreamTransfer(device))
-        assert slab_bytes_in_use(pinned_only=True) == offload.plan.slab_bytes
+        assert host_bytes_in_use(pinned_only=True) == offload.plan.slab_bytes
         step(offload, torch.randn(64, SIZE, device="cuda"))
         offload.close()
-        assert slab_bytes_in_use() == 0
+        assert host_bytes_in_use() == 0
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before

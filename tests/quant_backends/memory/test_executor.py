@@ -14,7 +14,7 @@ from snug.quant_backends.core.errors import SnugError
 from snug.quant_backends.memory.executor import GroupOffload
 from snug.quant_backends.memory.plan import Block, OffloadPlan, make_plan
 from snug.quant_backends.memory.simulated import SimulatedDevice, SimulatedTransfer, simulate
-from snug.quant_backends.memory.slab import slab_bytes_in_use
+from snug.quant_backends.memory.slab import host_bytes_in_use
 from snug.quant_backends.memory.transfer import DirectTransfer
 
 LINK = 1e6
@@ -194,20 +194,20 @@ def test_on_the_cpu_nothing_is_copied() -> None:
 
 
 def test_freed_weights_are_refused_and_leave_nothing() -> None:
-    before = slab_bytes_in_use()
+    before = host_bytes_in_use()
     model = Model(even())
-    assert slab_bytes_in_use() == before + model.plan.slab_bytes
+    assert host_bytes_in_use() == before + model.plan.slab_bytes
     model.offload.close()
     model.offload.close()
-    assert slab_bytes_in_use() == before
+    assert host_bytes_in_use() == before
     model.offload.release(0)
     with pytest.raises(SnugError, match="were freed"):
         model.offload.acquire(0)
 
 
 def test_weights_that_do_not_fit_the_plan_are_refused_and_leave_nothing() -> None:
-    before = slab_bytes_in_use()
+    before = host_bytes_in_use()
     tensors = [[torch.zeros(512)]] * 12
     with pytest.raises(SnugError, match=r"Block 0 has tensors of \(2048,\) bytes .* made for \(512,\)"):
         GroupOffload(even(), tensors.__getitem__, SimulatedTransfer(SimulatedDevice()))
-    assert slab_bytes_in_use() == before
+    assert host_bytes_in_use() == before

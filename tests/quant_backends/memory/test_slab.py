@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from random_packed import random_packed
+from safetensors.torch import save_file
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.kernels.dequantize import dequantize_packed
 from snug.quant_backends.memory.executor import GroupOffload
 from snug.quant_backends.memory.plan import ALIGNMENT, Block, make_plan
 from snug.quant_backends.memory.simulated import SimulatedDevice, SimulatedTransfer
-from snug.quant_backends.memory.slab import Slab, slab_bytes_in_use
+from snug.quant_backends.memory.slab import GroupLayout, HostBuffer, host_bytes_in_use
+from snug.quant_backends.readers.safetensors_file import SafetensorsFile
 
 FORMATS = (
     "Q8_0",
@@ -68,14 +70,15 @@ def test_tensors_of_any_kind_and_shape(dtype: torch.dtype) -> None:
         torch.randn(6, 4).to(dtype).T
     ]
     plan = make_plan([Block("block", tuple(tensor.nbytes for tensor in tensors))])
-    slab = Slab(plan, lambda _: tensors)
-    views = slab.tensors(0, slab.group(0))
+    layout = GroupLayout(plan, lambda _: tensors)
+    memory = HostBuffer(plan.slab_bytes)
+    layout.fill(0, memory.bytes)
+    views = layout.views(0, memory.bytes)
     for view, tensor in zip(views, tensors, strict=True):
         assert (view.dtype, view.shape, view.is_contiguous()) == (dtype, tensor.shape, True)
         assert torch.equal(view.float(), tensor.float())
         assert view.storage_offset() * view.element_size() % ALIGNMENT == 0
-    assert slab_bytes_in_use() >= slab.nbytes
-    slab.close()
+    memory.close()
 
 
 class FakeRuntime:
@@ -105,32 +108,52 @@ def test_pinned_memory_is_given_back_also_by_who_forgets_to_close(monkeypatch: p
     runtime = FakeRuntime(room=1 << 20)
     monkeypatch.setattr(torch, "get_device_module", lambda _: runtime)
     gc.collect()
-    before = slab_bytes_in_use(pinned_only=True)
-    plan = make_plan([Block("block", (4096,))])
-    closed, forgotten = (Slab(plan, lambda _: [torch.zeros(1024)], torch.device("cpu")) for _ in range(2))
+    before = host_bytes_in_use(pinned_only=True)
+    closed, forgotten = (HostBuffer(4096, torch.device("cpu")) for _ in range(2))
     assert closed.is_pinned and list(runtime.pinned.values()) == [4096, 4096]
-    assert slab_bytes_in_use(pinned_only=True) == before + 8192
+    assert host_bytes_in_use(pinned_only=True) == before + 8192
     closed.close()
     assert not closed.is_pinned
     del forgotten
     gc.collect()
     assert runtime.pinned == {}
-    assert slab_bytes_in_use(pinned_only=True) == before
+    assert host_bytes_in_use(pinned_only=True) == before
 
 
-def test_where_pinning_fails_the_slab_stays_pageable(
+def test_where_pinning_fails_memory_stays_pageable(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch, "get_device_module", lambda _: FakeRuntime(room=0))
-    slab = Slab(make_plan([Block("block", (4096,))]), lambda _: [torch.ones(1024)], torch.device("cpu"))
-    assert not slab.is_pinned
+    memory = HostBuffer(4096, torch.device("cpu"))
+    assert not memory.is_pinned
     assert "Cannot pin" in caplog.text
-    assert torch.equal(slab.tensors(0, slab.group(0))[0], torch.ones(1024))
-    slab.close()
+    assert memory.bytes.fill_(1).sum() == 4096
+    memory.close()
 
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_of_a_mapped_file_are_held_once(tmp_path: Path) -> None:
+    save_file({str(index): torch.ones(8 << 20, dtype=torch.uint8) for index in range(12)}, tmp_path / "model")
+    file = SafetensorsFile(tmp_path / "model")
+    tensors = [file.read(name) for name in file.tensors]
+    plan = make_plan([Block(name, (8 << 20,)) for name in file.tensors])
+    layout = GroupLayout(plan, lambda block: [tensors[block]])
+    before = anonymous_bytes()
+    memory = HostBuffer(plan.slab_bytes)
+    for number, group in enumerate(plan.groups):
+        layout.fill(number, memory.bytes.narrow(0, group.offset, group.nbytes))
+        assert anonymous_bytes() - before <= group.offset + group.nbytes + (8 << 20)
+    memory.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -138,7 +161,7 @@ def test_memory_is_flat_over_200_models() -> None:
     blocks = [Block(str(index), (1 << 20, 1000)) for index in range(16)]
     tensors = [torch.ones(1 << 20, dtype=torch.uint8), torch.zeros(250)]
     gc.collect()
-    before = slab_bytes_in_use()
+    before = host_bytes_in_use()
 
     def cycle(number: int) -> None:
         plan = make_plan(blocks, keep=(number % 4) << 20, blocks_per_group=1 + number % 2)
@@ -155,5 +178,5 @@ def test_memory_is_flat_over_200_models() -> None:
     for number in range(200):
         cycle(number)
     gc.collect()
-    assert slab_bytes_in_use() == before
+    assert host_bytes_in_use() == before
     assert resident_bytes() <= 1.02 * start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from itertools import count
 
@@ -11,7 +12,8 @@ import torch
 from snug.quant_backends.core.errors import SnugError
 from snug.quant_backends.memory.executor import GroupOffload
 from snug.quant_backends.memory.plan import Block, make_plan
-from snug.quant_backends.memory.transfer import StreamTransfer
+from snug.quant_backends.memory.slab import host_bytes_in_use
+from snug.quant_backends.memory.transfer import DiskTransfer, StreamTransfer
 
 CPU = torch.device("cpu")
 
@@ -53,6 +55,9 @@ class FakeDevice:
             def record(self, stream: object) -> None:
                 log.append(f"{stream} records {self}")
 
+            def synchronize(self) -> None:
+                pass
+
             def __str__(self) -> str:
                 # Made in two rows, one for each direction, with an event for each slot.
                 return f"{('copied', 'released')[number // 2]} {number % 2}"
@@ -67,10 +72,15 @@ class FakeDevice:
         yield
 
 
-def test_events_go_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     device = FakeDevice()
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    return device
+
+
+def test_events_go_both_ways(device: FakeDevice) -> None:
     weights = [torch.full((256,), float(block)) for block in range(3)]
     plan = make_plan([Block("", (1024,))] * 3, prefetch=1)
     offload = GroupOffload(plan, lambda block: [weights[block]], StreamTransfer(CPU))
@@ -100,6 +110,47 @@ def test_events_go_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
         *("release 2", *copy(0)),
         "host waits for copies",
     ]
+
+
+@pytest.mark.parametrize("kind", [StreamTransfer, DiskTransfer])
+@pytest.mark.parametrize("opened_in", [True, False], ids=["inference", "ordinary"])
+def test_weights_arrive_in_and_out_of_inference_mode(
+    device: FakeDevice, kind: type[StreamTransfer], opened_in: bool
+) -> None:
+    weights = [torch.nn.Parameter(torch.randn(64, 64)) for _ in range(12)]
+    plan = make_plan([Block("", (weight.nbytes,)) for weight in weights], keep=3 * 64 * 64 * 4)
+    with torch.inference_mode(opened_in):
+        offload = GroupOffload(plan, lambda block: [weights[block]], kind(CPU))
+    for step in range(6):
+        with torch.inference_mode(step % 2 == 0):
+            for block in range(12 if step % 3 else 7):
+                (found,) = offload.acquire(block)
+                assert torch.equal(found, weights[block]) and not found.is_inference()
+                offload.release(block)
+    offload.close()
+
+
+def test_weights_on_disk_take_memory_for_the_slots_alone(device: FakeDevice) -> None:
+    gc.collect()
+    before = host_bytes_in_use()
+    weights = [torch.randn(256) for _ in range(12)]
+    plan = make_plan([Block("", (1024,))] * 12, prefetch=1)
+    offload = GroupOffload(plan, lambda block: [weights[block]], DiskTransfer(CPU))
+    assert host_bytes_in_use() - before == 2 * 1024
+    offload.close()
+    assert host_bytes_in_use() == before
+
+
+def test_what_goes_wrong_while_reading_comes_out_where_it_is_waited_for(device: FakeDevice) -> None:
+    weights = {block: torch.randn(256) for block in range(12)}
+    offload = GroupOffload(
+        make_plan([Block("", (1024,))] * 12), lambda block: [weights[block]], DiskTransfer(CPU)
+    )
+    offload.acquire(0)
+    del weights[9]
+    with pytest.raises(KeyError):
+        offload.acquire(9)
+    offload.close()
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
