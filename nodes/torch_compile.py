@@ -20,8 +20,8 @@ class SnugTorchCompile(io.ComfyNode):
             display_name="Compile Model (Snug)",
             category="Snug/speed",
             description=(
-                "Runs a model through torch.compile: the first step takes longer, all others are faster. Changing "
-                "LoRA, strength, prompt, seed or memory use does not compile again."
+                "Speeds up a model with torch.compile, after a first step that takes longer. Changing LoRA, "
+                "strength, prompt, seed or memory use does not compile again."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model to compile; any MODEL, quantized or not."),

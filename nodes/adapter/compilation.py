@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ...quant_backends.core.errors import SnugError
 from .compat import is_dynamic
-from .compile_backends import COMPILER_ERRORS, MODES_OF, missing_for, sentence
-from .compiled_layers import Opaque, opaque_layers, replaced_forwards
+from .compile_backends import COMPILER_ERRORS, compile_options, missing_for, sentence
+from .compiled_layers import Opaque, opaque_layers, replaced_forwards, runs_stand_in
 
 logger = logging.getLogger("snug")
 
@@ -168,6 +168,14 @@ def _traceable_attention(function: Callable[..., Any], *args: Any, **kwargs: Any
     return function(*args, **kwargs)
 
 
+def _guards_to_keep(entries: Sequence[Any]) -> list[bool]:
+    """All but those on the class of a layer that runs its stand-in.
+
+    Each load has classes of its own, and the same model would be compiled again whenever it is loaded.
+    """
+    return [entry.guard_type != "TYPE_MATCH" or not runs_stand_in(entry.value) for entry in entries]
+
+
 class _Parts(NamedTuple):
     """Of one model: the modules that run compiled and the layers inside them."""
 
@@ -199,7 +207,7 @@ class CompileWrapper:
             self._functions[cls] = torch.compile(
                 cls.forward,  # type: ignore[attr-defined]
                 backend=settings.backend,
-                mode=settings.mode if settings.backend in MODES_OF else None,
+                options=compile_options(settings.backend, settings.mode, _guards_to_keep),
                 fullgraph=settings.fullgraph,
                 dynamic=DYNAMIC[settings.dynamic],
             )

@@ -7,9 +7,12 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor
 
 MODES = ("default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead")
 # The backends that know MODES.
@@ -36,6 +39,16 @@ def backends() -> list[str]:
         and (name not in PACKAGES or importlib.util.find_spec(PACKAGES[name]) is not None)
     ]
     return ["inductor", *(name for name in listed if name not in DEBUG_BACKENDS), *DEBUG_BACKENDS]
+
+
+def compile_options(
+    backend: str, mode: str, guards_to_keep: Callable[[Sequence[Any]], list[bool]]
+) -> dict[str, Any]:
+    """`options` of torch.compile, which stand for its `mode` too; torch before 2.8 cannot choose guards."""
+    options = dict(torch._inductor.list_mode_options(mode)) if backend in MODES_OF else {}
+    if hasattr(torch._dynamo.types, "GuardFilterEntry"):
+        options["guard_filter_fn"] = guards_to_keep
+    return options
 
 
 def missing_for(backend: str, device: torch.device) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +155,25 @@ def test_the_sampler_compiles_once(sd3: Any) -> None:
         assert torch.allclose(sample(compiled(plain), 0, 2), wanted, atol=TOLERANCE)
     with compiles(0):
         sample(compiled(plain), 3, 4)
+
+
+@pytest.mark.parametrize("format", ["Q4_0", "dense"])
+def test_loading_again_compiles_nothing(format: str, load: Any) -> None:
+    """Nor does compiled code keep the first model, whose weights it has seen, in memory."""
+    import comfy.model_management
+
+    outputs, models = [], []
+    for at_most in (KINDS_OF_SD3, 0):
+        patcher = compiled(load("sd3", format))
+        load_whole(patcher)
+        with compiles(at_most):
+            outputs.append(predict(patcher, "sd3"))
+        models.append(weakref.ref(patcher.model))
+        comfy.model_management.unload_all_models()
+        del patcher
+    gc.collect()
+    assert torch.equal(*outputs)
+    assert [model() for model in models] == [None, None]
 
 
 def test_two_settings_side_by_side(sd3: Any, model: Any) -> None:
