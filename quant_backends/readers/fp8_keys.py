@@ -12,6 +12,7 @@ import torch
 
 from .gguf_values import shown
 from .key_groups import KeyGroups
+from .mapped_file import writable
 from .safetensors_file import SafetensorsFile
 
 KEYS = (
@@ -56,9 +57,14 @@ def load_scaled_fp8(groups: KeyGroups) -> None:
                 groups.pack(name, weight, f"{FLOAT8[info.dtype]}-{block}", info.shape, {"scale": scale})
             elif scale.numel() == 1 and info.dtype.is_floating_point and scale.dtype.is_floating_point:
                 # Converters write a scale, mostly 1, beside layers that they left as they were.
-                groups.state_dict[name] = (weight.float() * scale.float().view(())).to(weight.dtype)
+                groups.state_dict[name] = _scaled(weight, scale.float().item())
             else:
                 groups.file.fail(f"the weight {shown(name)} is {info.dtype_name} with {scale.numel()} scales")
+
+
+def _scaled(weight: torch.Tensor, scale: float) -> torch.Tensor:
+    """A plain weight times its scale; times 1, which is mostly the case, it stays in the mapped file."""
+    return writable(weight) if scale == 1 else (weight.float() * scale).to(weight.dtype)
 
 
 def _block_name(groups: KeyGroups, name: str, grid: Shape, block_of_file: Shape | None) -> str:

@@ -10,6 +10,8 @@ from .gguf_values import Metadata, shown
 
 HINT = "download a conversion of the model that keeps its tokenizer, or a .safetensors version"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+# Logarithms of probabilities, or ranks; tokenizers keep them in float32, which metadata need not be.
+MAX_SCORE = 1e38
 
 Element = TypeVar("Element", str, int, float)
 
@@ -39,6 +41,8 @@ def read_vocabulary(path: Path, metadata: Metadata, kinds: tuple[str, ...], scor
             f"expected the same number of each",
             HINT,
         )
+    if not all(abs(score) < MAX_SCORE for score in scores):
+        raise FileFormatError(path, "the vocabulary has scores that are no ordinary numbers", HINT)
     if not all(0 < number <= BYTE for number in types):
         raise FileFormatError(path, f"the vocabulary has types outside of {NORMAL} to {BYTE}", HINT)
     return Vocabulary(kind, tokens, types, scores)

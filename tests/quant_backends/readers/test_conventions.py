@@ -12,7 +12,12 @@ import torch
 from snug.quant_backends.core.errors import FileFormatError
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.kernels.dequantize import dequantize_packed
-from snug.quant_backends.readers.conventions import LoadedSafetensors, open_quantized_safetensors
+from snug.quant_backends.readers.conventions import (
+    LoadedSafetensors,
+    load_quantized,
+    open_quantized_safetensors,
+)
+from snug.quant_backends.readers.safetensors_file import SafetensorsFile
 
 Opened = Callable[..., LoadedSafetensors]
 
@@ -284,3 +289,17 @@ def test_an_inconsistent_quantization_state(changes: dict[str, Any], sentence: s
     }
     with pytest.raises(FileFormatError, match=sentence):
         opened(tensors)
+
+
+def test_scales_beside_plain_weights(tmp_path: Path) -> None:
+    """Converters write them beside layers that they left as they were; a scale of 1 costs no memory."""
+    library = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    weight = torch.randn(4, 8, dtype=torch.bfloat16)
+    tensors = {"a.weight": weight, "b.weight": weight.clone(), "scaled_fp8": torch.zeros(0)}
+    scales = {"a.scale_weight": torch.ones(()), "b.scale_weight": torch.full((), 2.0)}
+    library.save_file(tensors | scales, tmp_path / "model.safetensors")
+    file = SafetensorsFile(tmp_path / "model.safetensors")
+    found = load_quantized(file).state_dict
+    assert isinstance(found["a.weight"], torch.Tensor) and isinstance(found["b.weight"], torch.Tensor)
+    assert torch.equal(found["a.weight"], weight) and torch.equal(found["b.weight"], 2 * weight)
+    assert found["a.weight"].data_ptr() == file.read("a.weight").data_ptr()

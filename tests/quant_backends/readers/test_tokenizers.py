@@ -130,6 +130,20 @@ def test_llama_3_and_qwen_bring_none(tmp_path: Path) -> None:
             ),
             "1 tokens, 0 scores and 1 types",
         ),
+        (
+            lambda writer: (
+                writer.add_tokenizer_model("t5"),
+                writer.add_token_list(["a"]),
+                writer.add_token_types([1]),
+                writer.add_key_value(  # more than a float32 holds
+                    "tokenizer.ggml.scores",
+                    [1e300],
+                    gguf.GGUFValueType.ARRAY,
+                    sub_type=gguf.GGUFValueType.FLOAT64,
+                ),
+            ),
+            "scores that are no ordinary numbers",
+        ),
     ],
 )
 def test_files_without_a_tokenizer(setup: Callable[[Any], None], message: str, tmp_path: Path) -> None:
