@@ -55,24 +55,22 @@ STEPS, WARM_UP = 8, 4
 TENSOR = 2048  # rows and columns of the matrices that the real device multiplies
 
 
-def plan_for(
-    sizes: Sequence[int], megabyte: int, kept: float, ratio: float, link: float, **options: int
-) -> OffloadPlan:
+def plan_for(sizes: Sequence[int], megabyte: int, kept: float, ratio: float, link: float) -> OffloadPlan:
     """Copying what is streamed takes `ratio` times as long as computing all blocks."""
     blocks = [Block(str(index), (size * megabyte,)) for index, size in enumerate(sizes)]
     total = sum(sizes) * megabyte
     keep = int(kept * total)
-    per_byte = make_plan(blocks, keep=keep, link=link, **options).transfer_seconds / ratio / total
+    per_byte = make_plan(blocks, keep=keep, link=link).transfer_seconds / ratio / total
     timed = [Block(block.name, block.sizes, block.nbytes * per_byte) for block in blocks]
-    return make_plan(timed, keep=keep, link=link, **options)
+    return make_plan(timed, keep=keep, link=link)
 
 
-def simulated_row(sizes: Sequence[int], kept: float, **options: int) -> list[float]:
+def simulated_row(sizes: Sequence[int], kept: float, ratios: Sequence[float]) -> list[float]:
     def excess(ratio: float) -> float:
-        plan = plan_for(sizes, SCALE_MB, kept, ratio, link=1e6, **options)
+        plan = plan_for(sizes, SCALE_MB, kept, ratio, link=1e6)
         return simulate(plan) / max(plan.compute_seconds, plan.transfer_seconds)
 
-    return [excess(ratio) for ratio in RATIOS]
+    return [excess(ratio) for ratio in ratios]
 
 
 class Device:
@@ -120,23 +118,25 @@ class Device:
         pairs = list(zip(marks, marks[1:], strict=False))[WARM_UP:]
         return median(before.elapsed_time(after) / 1000 for before, after in pairs)
 
-    def row(self, sizes: Sequence[int], kept: float, **options: int) -> list[float]:
+    def row(self, sizes: Sequence[int], kept: float, ratios: Sequence[float]) -> list[float]:
         def excess(ratio: float) -> float:
-            plan = plan_for(sizes, 1 << 20, kept, ratio, self.link, **options)
-            source = [[torch.empty(size, dtype=torch.uint8) for size in block.sizes] for block in plan.blocks]
+            plan = plan_for(sizes, 1 << 20, kept, ratio, self.link)
+            weights = torch.zeros(max(block.nbytes for block in plan.blocks), dtype=torch.uint8)
+            source = [[weights[: block.sizes[0]]] for block in plan.blocks]
             offload = GroupOffload(plan, source.__getitem__, StreamTransfer(self.device))
             try:
                 return self.step(plan, offload) / max(self.step(plan, None), plan.transfer_seconds)
             finally:
                 offload.close()
 
-        return [excess(ratio) for ratio in RATIOS]
+        return [excess(ratio) for ratio in ratios]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_output_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS, help="of copying to computing")
     options = parser.parse_args()
 
     facts = environment()
@@ -151,21 +151,21 @@ def main() -> None:
     for model in options.models:
         for kept in KEPT:
             for where, run in runs.items():
-                found = run(MODELS[model], kept)
+                found = run(MODELS[model], kept, options.ratios)
                 worst = max(found)
                 figures.append(
                     {
                         "model": model,
                         "kept": kept,
                         "device": where,
-                        "step": dict(zip(RATIOS, found, strict=True)),
+                        "step": dict(zip(options.ratios, found, strict=True)),
                     }
                 )
                 rows.append(
                     [model, f"{kept:.0%}", where, *(f"{value:.3f}" for value in found), f"{worst:.3f}"]
                 )
                 print(*rows[-1])
-    header = ["model", "stays", "device", *(f"{ratio:g}" for ratio in RATIOS), "worst"]
+    header = ["model", "stays", "device", *(f"{ratio:g}" for ratio in options.ratios), "worst"]
     text = heading("Steps with streamed weights by max(copying, computing)", command_line(), facts)
     text += "\nColumns: copying as a multiple of computing.\n\n" + table(header, rows) + "\n"
     save(options, text, {"environment": facts, "figures": figures})

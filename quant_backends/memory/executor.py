@@ -53,7 +53,7 @@ class GroupOffload:
         self._hold_from(0)
 
     def acquire(self, block: int) -> tuple[torch.Tensor, ...]:
-        """A block's tensors on the device, in the order of `source`; theirs until the block is released.
+        """A block's tensors on the device, in the order of `source`; valid until the block is released.
 
         Raises SnugError when the weights were freed.
         """
@@ -67,7 +67,11 @@ class GroupOffload:
         self._hold_from(group)
         slot = self._in_slot.index(group)
         if slot not in self._waited:
-            self._transfer.wait(slot)
+            try:
+                self._transfer.wait(slot)
+            except BaseException:
+                self._in_slot[slot] = None  # what did not arrive is copied again when it is asked for again
+                raise
             self._waited.add(slot)
         return self._transfer.tensors(block, slot)
 

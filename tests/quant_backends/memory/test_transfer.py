@@ -143,13 +143,14 @@ def test_weights_on_disk_take_memory_for_the_slots_alone(device: FakeDevice) -> 
 
 def test_what_goes_wrong_while_reading_comes_out_where_it_is_waited_for(device: FakeDevice) -> None:
     weights = {block: torch.randn(256) for block in range(12)}
-    offload = GroupOffload(
-        make_plan([Block("", (1024,))] * 12), lambda block: [weights[block]], DiskTransfer(CPU)
-    )
+    plan = make_plan([Block("", (1024,))] * 12)
+    offload = GroupOffload(plan, lambda block: [weights[block]], DiskTransfer(CPU))
     offload.acquire(0)
-    del weights[9]
+    lost = weights.pop(9)
     with pytest.raises(KeyError):
         offload.acquire(9)
+    weights[9] = lost
+    assert torch.equal(offload.acquire(9)[0], lost)
     offload.close()
 
 
