@@ -182,7 +182,8 @@ def test_a_packed_weight_that_a_model_reads_itself(comfy: Any, tmp_path: Path) -
 
 def test_one_file_of_one_is_a_file_like_any_other(twins: Any, tmp_path: Path, model: Any) -> None:
     files = twins("sd3", "nf4")
-    alone = shutil.copy(files.gguf, tmp_path / "model-00001-of-00001.safetensors")
+    alone = tmp_path / "model-00001-of-00001.safetensors"
+    shutil.copy(files.gguf, alone)
     assert torch.equal(model.run(load(alone), load=True), model.run(load(files.gguf), load=True))
 
 
