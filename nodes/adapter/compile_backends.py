@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._dynamo.types
 import torch._inductor
+from torch._dynamo.exc import TorchDynamoException
 
 MODES = ("default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhead")
 # The backends that know MODES.
@@ -22,7 +24,7 @@ DEBUG_BACKENDS = ("aot_eager", "eager")
 # torch lists them whether their package is there or not.
 PACKAGES = {"openxla": "torch_xla", "tvm": "tvm"}
 
-COMPILER_ERRORS: tuple[type[Exception], ...] = (torch._dynamo.exc.TorchDynamoException,)
+COMPILER_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException,)
 
 _ADVICE = "tick fallback_to_eager or bypass this node to run the model uncompiled"
 
@@ -53,7 +55,7 @@ def compile_options(
 
 def missing_for(backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot compile for `device` on this machine, as a sentence; None when nothing is known."""
-    if not torch._dynamo.is_dynamo_supported():
+    if not torch._dynamo.is_dynamo_supported():  # pyright: ignore[reportPrivateImportUsage]
         return f"torch.compile of this PyTorch does not support this Python; {_ADVICE}."
     package = _missing_package(device) if backend == "inductor" else None
     if package is None:

@@ -71,6 +71,9 @@ def _register(schema: str, function: Callable[..., Any], shapes: Callable[..., A
     torch.library.register_fake(f"snug::{name}", shapes, lib=_library)
 
 
+# Attribute of the operation: the layers in compiled code that is running now, by number.
+_TABLE = "snug_layers"
+
 # The pack may be imported twice under different names; an operation can be registered once, and its layers are
 # found where the first import has put them.
 if not hasattr(torch.ops.snug, "layer_linear"):
@@ -81,8 +84,8 @@ if not hasattr(torch.ops.snug, "layer_linear"):
         _weight_and_bias,
         _weight_and_bias_shapes,
     )
-    torch.ops.snug.layer_linear.in_use = {}
-_in_use: dict[int, Opaque] = torch.ops.snug.layer_linear.in_use
+    setattr(torch.ops.snug.layer_linear, _TABLE, {})
+_in_use: dict[int, Opaque] = getattr(torch.ops.snug.layer_linear, _TABLE)
 
 
 # ---- what layers run instead of their forward ------------------------------------------------------------------
@@ -95,6 +98,8 @@ class Opaque(torch.nn.Module):
     would be compiled for itself. eager: the layer's forward as it was, another node's included.
     """
 
+    layer: Any
+
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.layer = layer
@@ -106,7 +111,7 @@ class OpaqueLinear(Opaque):
     """The whole layer is one operation: a matmul gains nothing from being traced."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        layer: Any = self.layer
+        layer = self.layer
         return torch.ops.snug.layer_linear.default(input, self.number, layer.out_features)
 
 
@@ -132,19 +137,19 @@ class OpaqueConv(OpaqueWeights):
 
 class OpaqueLayerNorm(OpaqueWeights):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        layer: Any = self.layer
+        layer = self.layer
         return F.layer_norm(input, layer.normalized_shape, *self.weights(input), layer.eps)
 
 
 class OpaqueGroupNorm(OpaqueWeights):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        layer: Any = self.layer
+        layer = self.layer
         return F.group_norm(input, layer.num_groups, *self.weights(input), layer.eps)
 
 
 class OpaqueRMSNorm(OpaqueWeights):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        layer: Any = self.layer
+        layer = self.layer
         return F.rms_norm(input, layer.normalized_shape, self.weights(input)[0], layer.eps)
 
 
