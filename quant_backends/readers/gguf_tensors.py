@@ -18,6 +18,8 @@ MAX_DIMS = 8
 # ggml counts elements and bytes in int64.
 MAX_ELEMENTS = (1 << 63) - 1
 
+# Real names have up to some 150 characters; patterns that look for parts of them need a bound.
+MAX_TENSOR_NAME = 1024
 # The shortest entry: name length, one character of name, dimension count, type, offset.
 MIN_TENSOR_BYTES = 8 + 1 + 4 + 4 + 8
 
@@ -68,6 +70,8 @@ def _read_tensor_info(cursor: ByteCursor, index: int, alignment: int) -> TensorI
     """One entry of the tensor table; its offset is still relative to the data section."""
     name = cursor.name(f"the name of tensor {index}")
     what = f"tensor {shown(name)}"
+    if len(name) > MAX_TENSOR_NAME:
+        cursor.fail(f"the name of {what} has {len(name)} characters, expected at most {MAX_TENSOR_NAME}")
     n_dims = cursor.u32(f"the dimension count of {what}")
     if n_dims > MAX_DIMS:
         cursor.fail(f"{what} has {n_dims} dimensions, expected at most {MAX_DIMS}")

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 
 from ..core.errors import FileFormatError
-from .gguf_tensors import MAX_DIMS, is_possible
+from .gguf_tensors import MAX_DIMS, MAX_TENSOR_NAME, is_possible
 from .gguf_values import REDOWNLOAD, shown
 from .mapped_file import FOREIGN_MAGICS, map_file, mapped_bytes
 
@@ -135,6 +135,8 @@ class SafetensorsFile:
 
     def _read_entry(self, name: str, entry: Any) -> StoredTensor:
         what = f"tensor {shown(name)}"
+        if len(name) > MAX_TENSOR_NAME:
+            self.fail(f"the name of {what} has {len(name)} characters, expected at most {MAX_TENSOR_NAME}")
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             self.fail(f"{what} lacks dtype, shape or data_offsets in the header")
         dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

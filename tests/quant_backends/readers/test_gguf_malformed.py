@@ -103,6 +103,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
         ["one of 3 parts", "llama-gguf-split --merge"],
     ),
     "tensor name not UTF-8": (lambda raw: raw().tensor(b"\xff"), ["name of tensor 0", "UTF-8"]),
+    "tensor name too long": (lambda raw: raw().tensor("n" * 1025), ["has 1025 characters", "at most 1024"]),
     "empty tensor name": (lambda raw: raw().tensor(""), ["name of tensor 0", "has 0 bytes", "expected 1"]),
     "duplicate tensor": (lambda raw: raw().tensor().tensor(), ["tensor name 'w' appears twice", REDOWNLOAD]),
     "too many dimensions": (lambda raw: raw().tensor(dims=[1] * 9), ["'w'", "9 dimensions", "at most 8"]),

@@ -80,6 +80,7 @@ MALFORMED = [
     (file_of({"__metadata__": []}), "mapping of text to text"),
     (file_of({"a": []}), "lacks dtype, shape or data_offsets"),
     (file_of({"a": {"dtype": "F32", "shape": [2]}}), "lacks dtype, shape or data_offsets"),
+    (file_of({"n" * 1025: GOOD["a"]}), "has 1025 characters, expected at most 1024"),
     (file_of(entry(dtype="Q4_K")), "unknown dtype 'Q4_K'"),
     (file_of(entry(dtype=[])), "unknown dtype"),
     (file_of(entry(shape=[-2])), "impossible shape"),
