@@ -53,12 +53,6 @@ def predict(patcher: Any, family: str, side: int = 8, tokens: int = 77, batch: i
         )
 
 
-def load_whole(patcher: Any) -> None:
-    import comfy.model_management
-
-    comfy.model_management.load_models_gpu([patcher])
-
-
 def load_part(patcher: Any, budget: int) -> None:
     """ComfyUI's low-VRAM state: what exceeds the budget, in bytes, is offloaded and cast as it is used."""
     import comfy.model_management

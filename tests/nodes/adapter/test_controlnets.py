@@ -1,4 +1,4 @@
-"""Quantized ControlNets steer a model as their dequantized twins do through ComfyUI's own loader."""
+"""ControlNets and quantized models: as their dequantized twins do through ComfyUI's own loader."""
 
 from __future__ import annotations
 
@@ -128,6 +128,20 @@ def test_equal_to_the_dense_twin(
     wanted = sample(patcher, dense) - plain
     assert wanted.norm() > 0.02 * plain.norm(), "the ControlNet does nothing"
     assert model.relative_error(sample(patcher, packed) - plain, wanted) < TOLERANCE
+
+
+def test_a_plain_one_steers_a_packed_model(
+    sample: Any, sd15: Any, comfy: Any, model: Any, tmp_path: Path
+) -> None:
+    """Through ComfyUI's own loader, as most workflows have it."""
+    import comfy.controlnet
+
+    path = tmp_path / "control.safetensors"
+    save_file(classic_controlnet(), path)
+    control = comfy.controlnet.load_controlnet(str(path))
+    packed, dense = (sample(patcher, control) - sample(patcher, None) for patcher in sd15)
+    assert dense.norm() > 0.02 * sample(sd15[1], None).norm(), "the ControlNet does nothing"
+    assert model.relative_error(packed, dense) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", MAKERS)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_states import LOADS, load_nothing, load_whole
 from safetensors.torch import load_file, save_file
 from small_text_encoders import PROMPT, SmallCLIP, load_dense
 
@@ -43,24 +44,6 @@ def round_in_place(dense: Any, names: list[str], storage: str) -> None:
 
 def tensors_of(patcher: Any) -> dict[str, Any]:
     return dict(patcher.model.named_parameters()) | dict(patcher.model.named_buffers())
-
-
-def load_whole(patcher: Any) -> None:
-    import comfy.model_management
-
-    comfy.model_management.load_models_gpu([patcher])
-
-
-def load_nothing(patcher: Any) -> None:
-    patcher.patch_model(patcher.load_device, lowvram_model_memory=1)
-    assert patcher.model.model_lowvram
-
-
-def load_half(patcher: Any) -> None:
-    patcher.patch_model(patcher.load_device, lowvram_model_memory=patcher.model_size() // 2)
-
-
-LOADS = [load_whole, load_nothing, load_half]
 
 
 @pytest.mark.parametrize("storage", STORAGE)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_models import compiled, compiles, fresh_compiler, load_part, load_whole, predict  # noqa: F401
+from compiled_models import compiled, compiles, fresh_compiler, load_part, predict  # noqa: F401
+from memory_states import load_whole
 from narrow_flux import accept_narrow_flux
 
 FORMATS = ["Q4_0", "Q4_K", "nf4", "int8", "fp8", "quanto-int4", "torchao-int8", "dense"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_models import compiled, fresh_compiler, load_whole, predict  # noqa: F401
+from compiled_models import compiled, fresh_compiler, predict  # noqa: F401
+from memory_states import load_whole
 
 
 @pytest.fixture
