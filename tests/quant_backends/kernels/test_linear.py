@@ -3,16 +3,29 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from random_packed import random_packed
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS, Format
 from snug.quant_backends.kernels import linear as module
-from snug.quant_backends.kernels.dequantize import dequantize
+from snug.quant_backends.kernels.dequantize import dequantize, dequantize_packed
 from snug.quant_backends.kernels.linear import linear
 
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 # Rounding of the result: another order of summation, and for narrow types one step of their grid.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 COLUMNS = 512  # two blocks of the widest formats
+SCALED = [
+    "bnb-nf4-64",
+    "bnb-nf4-64-nested-256",
+    "bnb-fp4-4096",
+    "int8-rows-scb",
+    "int8-1x32-zero",
+    "float8_e4m3fn-tensor",
+    "float8_e5m2-rows",
+    "float8_e4m3fn-128x128",
+    "quanto-int4-128",
+    "quanto-int2-64",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +59,13 @@ def _assert_equals_dense(
     shape: tuple[int, int],
     bias: torch.Tensor | None = None,
 ) -> None:
+    _assert_equals_decoded(x, PackedTensor(data, fmt, shape), bias)
+
+
+def _assert_equals_decoded(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None = None) -> None:
     """Compares with the decoded weight, relative to what each sum could be at most."""
-    found = linear(x, PackedTensor(data, fmt, shape), bias)
-    weight = dequantize(data, fmt, shape, x.dtype)
+    found = linear(x, packed, bias)
+    weight = dequantize_packed(packed, x.dtype)
     expected = F.linear(x, weight, bias)
     assert found.shape == expected.shape
     assert found.dtype == x.dtype
@@ -75,6 +92,15 @@ def test_every_input_dtype(fmt: type[Format], dtype: torch.dtype, with_bias: boo
     if dtype == torch.float16:
         x *= 1e-3  # sums stay in range
     _assert_equals_dense(x, data, fmt, (37, COLUMNS), bias)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 48, 61])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SCALED)
+def test_every_kind_of_scaled_format(name: str, dtype: torch.dtype, rows: int) -> None:
+    """Scales belong to the rows of a tile, to blocks that cross tiles, or to all rows."""
+    packed = random_packed(name, (rows, COLUMNS))
+    _assert_equals_decoded(torch.randn(3, COLUMNS).to(dtype), packed, torch.randn(rows).to(dtype))
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (16,), (2, 7), (2, 1, 3), (0,)], ids=str)
