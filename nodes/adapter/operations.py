@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from ...quant_backends.core.packed import PackedTensor
-from ...quant_backends.formats import FORMATS
+from ...quant_backends.formats.plain import HALVES
 from ...quant_backends.kernels.embedding import embedding
 from .layout import is_packed, pack, packed_linear, packed_tensor, unpack
 from .packed_module import LoadSettings, PackedWeightModule
-
-# The plain types that a model of a wider type takes over as they are.
-HALVES = {FORMATS[name].dtype: FORMATS[name] for name in ("F16", "BF16")}
 
 
 def build_operations(load_settings: LoadSettings) -> type[comfy.ops.manual_cast]:

@@ -79,3 +79,7 @@ class BF16(_Plain):
         kept = ((bits >> 16) | 64).to(torch.int16)
         rounded = values.to(torch.bfloat16).view(torch.int16)
         return torch.where(values.isnan(), kept, rounded).view(torch.uint8)
+
+
+# Plain types of 16 bits as formats: a weight that stays as it is in its file is packed like any other.
+HALVES: dict[torch.dtype, type[Format]] = {torch.float16: F16, torch.bfloat16: BF16}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..core.packed import PackedTensor
-from ..formats import FORMATS
+from ..formats.plain import HALVES
 from ..formats.scaled import scaled_format
 from ..kernels.dequantize import dequantize_packed
 from .clip_names import hugging_face_names, split_attention, split_shapes
@@ -25,8 +25,6 @@ from .safetensors_file import SafetensorsFile
 from .sharded_safetensors import refuse_part
 from .text_encoder_kinds import refuse_other_kinds
 from .text_encoder_tables import DIRECT_TENSORS, FROM_HIDDEN, TO_HIDDEN
-
-HALF_FORMATS = {torch.float16: FORMATS["F16"], torch.bfloat16: FORMATS["BF16"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +106,7 @@ def as_needed(name: str, tensor: PackedTensor | torch.Tensor) -> PackedTensor | 
     if tensor.dtype in FLOAT8:
         fmt = scaled_format(f"{FLOAT8[tensor.dtype]}-tensor")
         return PackedTensor(tensor, fmt, shape, {"scale": torch.ones(1)})
-    fmt = HALF_FORMATS.get(tensor.dtype)
+    fmt = HALVES.get(tensor.dtype)
     return PackedTensor(tensor.view(torch.uint8).view(-1), fmt, shape) if fmt else tensor
 
 
