@@ -20,8 +20,8 @@ from .transfer import Transfer
 class GroupOffload:
     """The weights of one model, by blocks.
 
-    plan: what stays and what is streamed. source: the tensors of each block, in the same sizes as in the plan.
-    transfer: not yet opened; it is closed with this. Around each block call `acquire` and `release`; blocks do not
+    plan: what stays and what is streamed. source: the tensors of each block, in the same sizes as in the plan; those
+    of blocks that stay are where they compute already. transfer: not yet opened; it is closed with this. Around each block call `acquire` and `release`; blocks do not
     overlap one another. late_copies: copies that a block had to wait for because it did not follow the one before.
 
     Raises SnugError when `source` does not fit the plan, and whatever torch raises when memory runs out; nothing is
@@ -35,15 +35,12 @@ class GroupOffload:
         self._group_of = {block: number for number, group in enumerate(plan.groups) for block in group.blocks}
         self._in_slot: list[int | None] = [None] * plan.slots
         self._waited: set[int] = set()  # slots whose copy was waited for since it was started
-        self._resident: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._source = source
         self._is_open = True
         try:
             # Ordinary tensors, which can be written to in and out of inference mode.
             with torch.inference_mode(False), torch.no_grad():
                 transfer.open(plan, source)
-                for block in range(len(plan.blocks)):
-                    if block not in self._group_of:
-                        self._resident[block] = tuple(tensor.to(transfer.device) for tensor in source(block))
         except BaseException:
             self.close()
             raise
@@ -59,9 +56,9 @@ class GroupOffload:
         """
         if not self._is_open:
             raise SnugError("These offloaded weights were freed; queue the workflow again.")
-        if block in self._resident:
-            return self._resident[block]
-        group = self._group_of[block]
+        group = self._group_of.get(block)
+        if group is None:
+            return tuple(self._source(block))
         if group not in self._in_slot:
             self.late_copies += 1
         self._hold_from(group)
@@ -81,10 +78,13 @@ class GroupOffload:
         if self._is_open and group is not None and block == self.plan.groups[group].blocks[-1]:
             self._hold_from(group + 1)
 
+    @property
+    def is_open(self) -> bool:
+        return self._is_open
+
     def close(self) -> None:
         """Frees everything, on the device and on the host. May be called twice."""
         self._is_open = False
-        self._resident.clear()
         self._transfer.close()
 
     def _hold_from(self, first: int) -> None:

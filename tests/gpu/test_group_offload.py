@@ -46,7 +46,7 @@ def plan(weights: list[torch.Tensor]) -> OffloadPlan:
 
 def step(offload: GroupOffload, x: torch.Tensor, blocks: int = BLOCKS) -> torch.Tensor:
     for block in range(blocks):
-        (weight,) = offload.acquire(block)
+        weight = offload.acquire(block)[0].to(x.device)  # blocks that stay are the source's own
         for _ in range(4):  # enough work that copies overtake whoever does not wait for them
             x = x @ weight
         x = x / x.norm()
