@@ -152,20 +152,29 @@ def make_plan(
     """
     keep = 0 if keep is None and limit is None else keep
     plans: list[OffloadPlan] = []
-    least: list[int] = []
     for ahead in (1, 2) if prefetch is None else (prefetch,):
         for largest in _sizes_to_try(blocks):
-            found, needed = _keep_most(blocks, largest, keep, limit, blocks_per_group, ahead + 1, link)
+            found = _keep_most(blocks, largest, keep, limit, blocks_per_group, ahead + 1, link)
             plans += [found] if found else []
-            least.append(needed)
     if not plans:
+        least = least_limit(blocks, blocks_per_group, prefetch)
         raise SnugError(
             f"The model's {len(blocks)} blocks cannot be run with {_size(limit or 0)} of GPU memory for their weights: "
-            f"streaming needs at least {_size(min(least))}; allow that much, or choose fewer blocks per group."
+            f"streaming needs at least {_size(least)}; allow that much, or choose fewer blocks per group."
         )
     costs = [_cost(plan) for plan in plans]
     fast = [plan for plan, cost in zip(plans, costs, strict=True) if cost <= AS_FAST * min(costs)]
     return min(fast, key=lambda plan: plan.device_bytes)
+
+
+def least_limit(blocks: Sequence[Block], blocks_per_group: int = 1, prefetch: int | None = None) -> int:
+    """The smallest `limit` with which `make_plan` finds a plan, unless all blocks together take less."""
+    slots = 2 if prefetch is None else prefetch + 1
+    plans = (
+        _layout(blocks, _spread(blocks, largest, 1), blocks_per_group, slots, LINK_BYTES_PER_SECOND)
+        for largest in _sizes_to_try(blocks)
+    )
+    return min(plan.device_bytes for plan in plans)
 
 
 def _keep_most(
@@ -176,9 +185,8 @@ def _keep_most(
     blocks_per_group: int,
     slots: int,
     link: float,
-) -> tuple[OffloadPlan | None, int]:
-    """The plan within the limits that streams least, no block of more than `largest` bytes, if there is one; and the
-    least memory that such a plan takes."""
+) -> OffloadPlan | None:
+    """The plan within the limits that streams least, no block of more than `largest` bytes, if there is one."""
 
     def plan(count: int) -> OffloadPlan:
         return _layout(blocks, _spread(blocks, largest, count / len(blocks)), blocks_per_group, slots, link)
@@ -189,11 +197,10 @@ def _keep_most(
         return fits_keep and (limit is None or made.device_bytes <= limit)
 
     if not blocks or fits(0):
-        return _layout(blocks, (), blocks_per_group, slots, link), 0
-    most = plan(len(blocks))
+        return _layout(blocks, (), blocks_per_group, slots, link)
     if not fits(len(blocks)):
-        return None, most.device_bytes
-    return plan(bisect_left(range(len(blocks)), True, key=fits)), most.device_bytes
+        return None
+    return plan(bisect_left(range(len(blocks)), True, key=fits))
 
 
 def _sizes_to_try(blocks: Sequence[Block]) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from snug.quant_backends.core.errors import SnugError
-from snug.quant_backends.memory.plan import ALIGNMENT, Block, OffloadPlan, make_plan
+from snug.quant_backends.memory.plan import ALIGNMENT, Block, OffloadPlan, least_limit, make_plan
 
 GB = 2**30
 
@@ -53,13 +53,15 @@ def test_any_blocks_within_any_limit(
     blocks: list[Block], most: int, is_limit: bool, blocks_per_group: int, prefetch: int | None
 ) -> None:
     total = sum(block.nbytes for block in blocks)
+    least = min(total, least_limit(blocks, blocks_per_group, prefetch))
     limits = {"limit" if is_limit else "keep": most}
     try:
         plan = make_plan(blocks, **limits, blocks_per_group=blocks_per_group, prefetch=prefetch)
     except SnugError as error:
-        assert is_limit and most < total
+        assert is_limit and most < least
         assert "needs at least" in str(error)
         return
+    assert not is_limit or most >= least
     check_layout(plan, blocks_per_group)
     assert (plan.device_bytes if is_limit else plan.resident_bytes) <= most
     assert plan.step_seconds >= max(plan.compute_seconds, plan.transfer_seconds) * (1 - 1e-9)
