@@ -24,6 +24,8 @@ _OF_LOADING = {
     "hook_patches",
     "weight_wrappers",
     "snug_factor_bytes",
+    "snug_is_streamed",
+    "snug_streamed_unit",
     "dynamic_vbars",
     "dynamic_pins",
     "dynamic_patchers",

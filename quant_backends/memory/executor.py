@@ -82,6 +82,11 @@ class GroupOffload:
     def is_open(self) -> bool:
         return self._is_open
 
+    @property
+    def slot_bytes(self) -> int:
+        """What the slots take on the device now."""
+        return self._transfer.slot_bytes
+
     def close(self) -> None:
         """Frees everything, on the device and on the host. May be called twice."""
         self._is_open = False

@@ -17,9 +17,12 @@ from .slab import GroupLayout, HostBuffer, Source
 
 
 class Transfer(Protocol):
-    """device: where blocks compute."""
+    """device: where blocks compute. slot_bytes: what all slots take there now."""
 
     device: torch.device
+
+    @property
+    def slot_bytes(self) -> int: ...
 
     def open(self, plan: OffloadPlan, source: Source) -> None:
         """Makes the slots and what copies start from. Called once, before anything else."""
@@ -50,6 +53,7 @@ class DirectTransfer:
     """For blocks that compute where their weights are: nothing is copied, the tensors are the source's own."""
 
     device = torch.device("cpu")
+    slot_bytes = 0
 
     def open(self, plan: OffloadPlan, source: Source) -> None:
         self._source: Source | None = source
@@ -86,6 +90,10 @@ class SlabTransfer:
     @property
     def is_pinned(self) -> bool:
         return self._host is not None and self._host.is_pinned
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(slot.numel() for slot in self._slots)
 
     def open(self, plan: OffloadPlan, source: Source) -> None:
         self._plan = plan
