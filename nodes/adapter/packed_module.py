@@ -72,6 +72,9 @@ class PackedWeightModule(torch.nn.Module):
         self, input: torch.Tensor | None, **options: Any
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Weight (packed where it is) and bias on input's device, given back to ComfyUI afterwards whatever happens."""
+        if input is not None and is_packed(self.weight):
+            # Input's dtype would make newer core decode the weight: too early, patches are added in float32.
+            options = {"dtype": self.weight.dtype, "bias_dtype": input.dtype, **options}
         weight, bias, token = comfy.ops.cast_bias_weight(self, input, offloadable=True, **options)
         try:
             yield weight, bias
