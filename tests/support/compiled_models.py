@@ -26,7 +26,7 @@ def compiled(patcher: Any, **settings: Any) -> Any:
 
 
 # Family: width of the context, of the pooled text, channels of the latent.
-CONDITIONS = {"sd3": (4096, 2048, 16), "flux": (512, 768, 16), "sd15": (768, 0, 4)}
+CONDITIONS = {"sd3": (4096, 2048, 16), "flux": (512, 768, 16), "sd15": (768, 0, 4), "wan": (4096, 0, 16)}
 
 
 def predict(patcher: Any, family: str, side: int = 8, tokens: int = 77, batch: int = 1, seed: int = 7) -> Any:
@@ -43,9 +43,10 @@ def predict(patcher: Any, family: str, side: int = 8, tokens: int = 77, batch: i
     options = dict(patcher.model_options["transformer_options"])
     options.update(sigmas=sigma, sample_sigmas=sigma, cond_or_uncond=list(range(batch)), uuids=[object()])
     options["wrappers"] = patcher.wrappers
+    frames = (1,) if family == "wan" else ()
     with torch.inference_mode():  # as ComfyUI runs every node
         return model.apply_model(
-            torch.randn(batch, channels, side, side, generator=generator),
+            torch.randn(batch, channels, *frames, side, side, generator=generator),
             sigma,
             c_crossattn=torch.randn(batch, tokens, width, generator=generator),
             transformer_options=options,
