@@ -17,6 +17,7 @@ class SnugExtension(ComfyExtension):
         from .load_diffusion_model import SnugLoadDiffusionModel
         from .load_lora import SnugLoadLora
         from .load_text_encoders import SnugLoadTextEncoders
+        from .memory_budget import SnugMemoryBudget
         from .torch_compile import SnugTorchCompile
 
         return [
@@ -28,6 +29,7 @@ class SnugExtension(ComfyExtension):
             SnugLayerwiseCasting,
             SnugLayerwiseCastingCLIP,
             SnugTorchCompile,
+            SnugMemoryBudget,
         ]
 
 

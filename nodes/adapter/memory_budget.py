@@ -1,0 +1,230 @@
+"""Plans the models of a workflow within a memory budget, and makes them keep to it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management as management
+import comfy.sample
+import comfy.utils
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ...quant_backends.core.errors import SnugError
+from ...quant_backends.memory.budget import (
+    GIGABYTE,
+    BudgetPlan,
+    Component,
+    Stage,
+    StagePlan,
+    gigabytes,
+    plan_budget,
+)
+from ...quant_backends.memory.plan import least_limit
+from .compat import supported_arguments
+from .group_offload import OffloadSettings, offload_clip, offload_model
+from .layout import is_packed, stored_nbytes
+from .memory_budget_patcher import Allowance, is_on_gpu, with_allowance
+from .memory_budget_vae import decoding_bytes, decoding_tiles, with_room
+from .offload_units import BLOCK, LEAF, offload_units, other_bytes
+from .patcher import PackedPatcher
+from .patches import adapter_bytes
+
+# Names of the components.
+MODEL, CLIP, VAE, CONTROL_NET = "model", "text encoders", "VAE", "ControlNet"
+# A format is named in the report when it makes up this part of a model's bytes.
+NAMED_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What ComfyUI's loaders make; None for what a workflow does not have."""
+
+    model: Any
+    clip: Any = None
+    vae: Any = None
+    control_net: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSize:
+    """In pixels, and how many at once."""
+
+    width: int
+    height: int
+    batch_size: int
+
+
+def apply_budget(
+    budget_gb: float, models: Models, size: ImageSize, latent: Mapping[str, Any] | None = None
+) -> tuple[Models, str]:
+    """(models of their own that together take at most `budget_gb` of GPU memory, report). The given ones are not
+    changed; on a CPU they are returned as they are.
+
+    latent: ComfyUI's LATENT that will be sampled; it goes before `size`.
+    Raises SnugError when the budget is too small.
+    """
+    device = models.model.load_device
+    on_gpu = is_on_gpu(device)
+    budget, remarks = int(budget_gb * GIGABYTE), []
+    if not on_gpu:
+        remarks.append("ComfyUI runs on the CPU, where nothing is changed; on a GPU the plan would be:")
+    elif budget > (total := int(management.get_total_memory(device))):
+        budget = total
+        remarks.append(f"The GPU has {gigabytes(total)} only, which is what is planned with.")
+    plan = plan_budget(budget, int(management.extra_reserved_memory()), _stages(models, size, latent))
+    planned, notes = _within(models, plan)
+    report = "\n".join([*remarks, plan.report(notes)])
+    return (planned if on_gpu else models), report
+
+
+def _stages(models: Models, size: ImageSize, latent: Mapping[str, Any] | None) -> list[Stage]:
+    stages = []
+    if models.clip is not None:
+        stages.append(Stage("Text encoding", _component(CLIP, models.clip.patcher), _computing(0)))
+    images = _images(models, size, latent)
+    work = f"{size.width} × {size.height}, batch of {size.batch_size}"
+    if latent is not None:
+        work = "latent of " + " and ".join(" × ".join(map(str, image.shape)) for image in images)
+    stages.append(_sampling(models, images, work))
+    if models.vae is not None:
+        stages.append(_decoding(models.vae, images[0].shape, work))
+    return stages
+
+
+def _sampling(models: Models, images: list[torch.Tensor], work: str) -> Stage:
+    patcher, control = models.model, models.control_net
+    noise = comfy.utils.pack_latents(images)[0] if len(images) > 1 else images[0]
+    # As ComfyUI estimates it: with the positive and the negative prompt in one batch.
+    needed = patcher.memory_required([2 * noise.shape[0], *noise.shape[1:]])
+    beside = []
+    if control is not None:
+        needed += control.inference_memory_requirements(patcher.model_dtype())
+        beside += [_component(CONTROL_NET, network, False) for network in control.get_models()]
+    others = {id(model): model for model in _attached_models(patcher)}.values()
+    beside += [_component("model patch", other, False) for other in others]
+    factors = sum(map(adapter_bytes, patcher.patches.values()))
+    if factors and isinstance(patcher, PackedPatcher):
+        beside.append(Component("LoRA", "", factors))
+    return Stage("Sampling", _component(MODEL, patcher), _computing(needed), work, tuple(beside))
+
+
+def _decoding(vae: Any, shape: torch.Size, work: str) -> Stage:
+    tiles = [(size, _computing(nbytes)) for size, nbytes in decoding_tiles(vae, shape)]
+    whole = _computing(decoding_bytes(vae, shape))
+    fewer = tuple((size, nbytes) for size, nbytes in tiles if nbytes < whole)
+    return Stage("Decoding", _component(VAE, vae.patcher, False), whole, work, tiles=fewer)
+
+
+def _attached_models(patcher: Any) -> list[Any]:
+    """Other models that ComfyUI loads together with this one."""
+    return [*patcher.model_patches_models(), *patcher.get_nested_additional_models()]
+
+
+def _computing(estimate: float) -> int:
+    """Bytes to plan with: ComfyUI never keeps less than that free."""
+    return int(max(estimate, management.minimum_inference_memory() - management.extra_reserved_memory()))
+
+
+def _component(name: str, patcher: Any, can_be_streamed: bool = True) -> Component:
+    detail = ", ".join([type(patcher.model).__name__, *_formats(patcher.model)])
+    least = min(_least(patcher, level) for level in (BLOCK, LEAF)) if can_be_streamed else None
+    return Component(name, detail, patcher.model_size(), least)
+
+
+def _least(patcher: Any, level: str) -> int:
+    """The smallest limit that group offloading accepts."""
+    units = offload_units(patcher.model, level)
+    if not units:
+        return patcher.model_size()
+    return other_bytes(patcher.model, units) + least_limit([unit.block for unit in units])
+
+
+def _formats(model: torch.nn.Module) -> list[str]:
+    """Those that most bytes are in, the largest part first."""
+    counts: Counter[str] = Counter()
+    for parameter in model.parameters():
+        if is_packed(parameter):
+            counts[parameter.params.format] += stored_nbytes(parameter)
+        elif isinstance(parameter, QuantizedTensor):
+            counts[parameter._layout_cls] += parameter._qdata.nbytes
+        else:
+            counts[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
+    return [name for name, nbytes in counts.most_common() if nbytes >= NAMED_SHARE * counts.total()]
+
+
+# ---- the latent that will be sampled --------------------------------------------------------------------------------
+
+
+def _images(models: Models, size: ImageSize, latent: Mapping[str, Any] | None) -> list[torch.Tensor]:
+    """What is sampled together, as zeros: usually one tensor, several where a model makes pictures and sound."""
+    model = models.model
+    if latent is None:
+        return [_empty_latent(models, size)]
+    samples = latent["samples"]
+    known = {
+        f"downscale_ratio_{name}": latent.get(f"downscale_ratio_{name}") for name in ("spacial", "temporal")
+    }
+    fix = comfy.sample.fix_empty_latent_channels
+    samples = fix(model, samples, **supported_arguments(fix, **known))
+    return samples.unbind() if samples.is_nested else [samples]
+
+
+def _empty_latent(models: Models, size: ImageSize) -> torch.Tensor:
+    form = models.model.get_model_object("latent_format")
+    if form.latent_dimensions not in (2, 3):
+        raise SnugError(
+            "This model makes something else than pictures, whose size width and height do not say; connect the "
+            "LATENT that will be sampled to the memory budget."
+        )
+    scale = getattr(form, "spacial_downscale_ratio", None)  # ComfyUI 0.3.75 does not know it
+    if scale is None:
+        scale = 8 if models.vae is None else models.vae.spacial_compression_decode()
+    frames = [1] * (form.latent_dimensions - 2)
+    shape = (
+        size.batch_size,
+        form.latent_channels,
+        *frames,
+        -(-size.height // scale),
+        -(-size.width // scale),
+    )
+    return torch.empty(shape, device="meta")
+
+
+# ---- keeping to the plan --------------------------------------------------------------------------------------------
+
+
+def _within(models: Models, plan: BudgetPlan) -> tuple[Models, dict[str, str]]:
+    """(the models with the plan applied, by component what is said about its streaming)"""
+    notes: dict[str, str] = {}
+    for stage in plan.stages:
+        allowance = Allowance(plan.room(stage), stage.stage.other_weights)
+        name = stage.stage.component.name
+        if name == MODEL:
+            model = with_allowance(models.model, allowance)
+            if stage.limit is not None:
+                model, notes[name] = offload_model(model, _settings(model, stage.limit))
+            models = replace(models, model=model)
+        elif name == CLIP:
+            clip = models.clip.clone()
+            clip.patcher = with_allowance(clip.patcher, allowance)
+            if stage.limit is not None:
+                clip, notes[name] = offload_clip(clip, _settings(clip.patcher, stage.limit))
+            models = replace(models, clip=clip)
+        else:
+            models = replace(models, vae=_vae_within(models.vae, plan, stage, allowance))
+    return models, notes
+
+
+def _vae_within(vae: Any, plan: BudgetPlan, stage: StagePlan, allowance: Allowance) -> Any:
+    vae = with_room(vae, plan.budget - plan.reserve - stage.weights)
+    vae.patcher = with_allowance(vae.patcher, allowance)
+    return vae
+
+
+def _settings(patcher: Any, limit: int) -> OffloadSettings:
+    """Whole blocks where they fit, as fewer copies are faster; layers otherwise."""
+    return OffloadSettings(level=BLOCK if _least(patcher, BLOCK) <= limit else LEAF, limit=limit)
