@@ -16,6 +16,7 @@ from ...quant_backends.formats.plain import HALVES
 from ...quant_backends.kernels.embedding import embedding
 from .layout import is_packed, pack, packed_linear, packed_tensor, unpack
 from .packed_module import LoadSettings, PackedWeightModule
+from .side_branch import SideBranch
 
 
 def build_operations(load_settings: LoadSettings) -> type[comfy.ops.manual_cast]:
@@ -109,9 +110,20 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
         with self.cast_weight(input) as (weight, bias):
-            if is_packed(weight) and not self.patched():
-                return packed_linear(input, weight, bias)
-            return F.linear(input, self.dense_weight(weight, input.dtype), bias)
+            if is_packed(weight):
+                if not self.patched():
+                    return packed_linear(input, weight, bias)
+                branch = self._branch(input)
+                if branch is not None:
+                    return branch.add_to(packed_linear(input, weight, bias), input)
+            return F.linear(input, self.weight_for(input, weight), bias)
+
+    def _branch(self, input: torch.Tensor) -> SideBranch | None:
+        """The patches as a branch beside the weight, if this call is to take it and nothing else is to be merged."""
+        branch = None if self.weight_patches is None else self.weight_patches.branch
+        if branch is None or self.hook_patches or self.weight_wrappers or not branch.applies(input):
+            return None
+        return branch
 
 
 def _is_half_of(stored: torch.dtype, wanted: torch.dtype | None) -> bool:
@@ -125,7 +137,7 @@ class PackedConv(PackedWeightModule):
 
     def forward_comfy_cast_weights(self, input: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         with self.cast_weight(input) as (weight, bias):
-            return self._conv_forward(input, self.dense_weight(weight, input.dtype), bias, *args, **options)
+            return self._conv_forward(input, self.weight_for(input, weight), bias, *args, **options)
 
 
 class PackedEmbedding(PackedWeightModule, comfy.ops.manual_cast.Embedding):

@@ -53,9 +53,13 @@ class PackedWeightModule(torch.nn.Module):
         """The decoded and patched weight, in `dtype` (default: the weight's own), rounded once.
 
         weight: where the bytes are now, when ComfyUI has just moved them; default the module's own.
+        The result is the caller's own wherever a patch is on it.
         """
         weight = self.weight if weight is None else weight
         dtype = dtype or weight.dtype
+        kept = self._kept_weight(dtype)
+        if kept is not None:
+            return kept.to(weight.device, copy=True)
         if not is_packed(weight):
             dense = weight
         elif self.patched():
@@ -66,6 +70,18 @@ class PackedWeightModule(torch.nn.Module):
             if function is not None:
                 dense = function(dense)
         return dense.to(dtype)
+
+    def weight_for(self, input: torch.Tensor, weight: Any) -> torch.Tensor:
+        """The same on input's device and in its dtype, to be read only: what is kept in memory is not copied."""
+        kept = self._kept_weight(input.dtype)
+        return self.dense_weight(weight, input.dtype) if kept is None else kept.to(input.device)
+
+    def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The patched weight that is kept decoded, if nothing else is to be applied to it."""
+        kept = None if self.weight_patches is None else self.weight_patches.kept
+        if kept is None or kept.dtype != dtype or self.hook_patches or self.weight_wrappers:
+            return None
+        return kept
 
     @contextmanager
     def cast_weight(

@@ -7,6 +7,7 @@ is given the patches of its key, and applies them when it decodes its weight. Ev
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,9 +18,12 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .compat import is_dynamic, is_low_vram_patch
-from .layout import is_packed, warm_up
+from .layout import is_packed, unpack, warm_up
+from .lora_settings import lora_settings
+from .offload_units import is_streamed
 from .packed_module import PackedWeightModule, packed_modules
 from .patches import WeightPatches, adapter_bytes, needs_original
+from .side_branch import side_branch
 from .state_tensor import PackedStateTensor
 
 if TYPE_CHECKING:
@@ -48,11 +52,13 @@ class PackedPatcher(_Base):
 
     # ---- LoRA and other weight patches ---------------------------------------------------------------------
 
-    def _attach_patches(self) -> None:
+    def _attach_patches(self, room: float = 0) -> None:
         """Gives each packed layer the patches of its key and takes away what core has attached instead.
 
-        Safe to call at any time: what a layer already has is kept.
+        Safe to call at any time: what a layer already has is kept. room: bytes that patched weights may take decoded.
         """
+        settings = lora_settings(self)
+        compute_dtype = self.object_patches.get("manual_cast_dtype")
         modules = [(f"{name}.weight", module) for name, module in packed_modules(self.model)]
         on_device = self._factors_fit(modules)
         for key, module in modules:
@@ -68,24 +74,68 @@ class PackedPatcher(_Base):
             current = module.weight_patches
             if not self.patches.get(key):
                 module.weight_patches = None
-            elif current is None or (current.version, current.device) != (self.patches_uuid, device):
-                module.weight_patches = WeightPatches(key, self.patches[key], self.patches_uuid, device)
+                continue
+            dtype = compute_dtype or module.weight.dtype
+            state = (self.patches_uuid, device, settings, dtype)
+            if current is None or current.state != state:
+                patches = self.patches[key]
+                branch = side_branch(module, patches, device, dtype, settings)
+                module.weight_patches = WeightPatches(key, patches, device, branch, state)
+        if settings.cache and room > 0:
+            self._keep_merged([module for _, module in modules], compute_dtype, room)
         self._count_factors(sum(m.weight_patches.nbytes for _, m in modules if m.weight_patches is not None))
+
+    def _keep_merged(
+        self, modules: list[PackedWeightModule], compute_dtype: torch.dtype | None, room: float
+    ) -> None:
+        """Keeps weights with costly patches merged and decoded, as long as they fit into `room` bytes.
+
+        Done here and never in a forward: memory that is allocated there and kept breaks CUDA graphs.
+        """
+        for module in modules:
+            patches = module.weight_patches
+            device = self.load_device if is_dynamic(self) else module.weight.device
+            if patches is None or not patches.costly or patches.kept is not None:
+                continue
+            if device.type != self.load_device.type:  # it has been offloaded, as memory is short
+                continue
+            dtype = compute_dtype or module.weight.dtype
+            nbytes = module.weight.numel() * dtype.itemsize
+            if nbytes <= room:
+                patches.kept = patches(unpack(module.weight.to(device), torch.float32)).to(dtype)
+                room -= nbytes
+
+    def _room(self, budget: float) -> float:
+        """Bytes for what is not needed but useful, beside sampling and the weights; budget: what core would give."""
+        free = comfy.model_management.get_free_memory(self.load_device)
+        if is_dynamic(self):
+            free -= self.model_size() - self.loaded_size()  # pages that are still to come
+        return min(free - comfy.model_management.minimum_inference_memory(), budget)
+
+    def _drop_kept(self) -> int:
+        """Lets go of the weights that are kept merged; returns the bytes."""
+        patches = [module.weight_patches for _, module in packed_modules(self.model)]
+        kept = [found for found in patches if found is not None and found.kept is not None]
+        nbytes = sum(found.nbytes for found in kept)
+        for found in kept:
+            found.kept = None
+        freed = nbytes - sum(found.nbytes for found in kept)
+        self._count_factors(getattr(self.model, _FACTOR_BYTES, 0) - freed)
+        return freed
 
     def _compute_device(self, module: PackedWeightModule) -> torch.device | None:
         """Where a layer's patches are best kept; None: where ComfyUI has them, copied as they are used.
 
-        With dynamic VRAM the weights themselves stay on the CPU and are paged in.
+        With dynamic VRAM the weights themselves stay on the CPU and are paged in; others may be streamed.
         """
-        device = self.load_device if is_dynamic(self) else module.weight.device
+        device = self.load_device if is_dynamic(self) or is_streamed(module) else module.weight.device
         return None if device.type == "cpu" else device
 
     def _factors_fit(self, modules: list[tuple[str, PackedWeightModule]]) -> bool:
         """Whether all low-rank factors fit on the device beside what sampling needs."""
         nbytes = sum(adapter_bytes(self.patches.get(key, [])) for key, _ in modules)
-        free = comfy.model_management.get_free_memory(self.load_device) + getattr(
-            self.model, _FACTOR_BYTES, 0
-        )
+        held = sum(m.weight_patches.nbytes for _, m in modules if m.weight_patches is not None)
+        free = comfy.model_management.get_free_memory(self.load_device) + held
         return nbytes < free - comfy.model_management.minimum_inference_memory()
 
     def _count_factors(self, nbytes: int) -> None:
@@ -93,11 +143,19 @@ class PackedPatcher(_Base):
         self.model.model_loaded_weight_memory += nbytes - getattr(self.model, _FACTOR_BYTES, 0)
         setattr(self.model, _FACTOR_BYTES, nbytes)
 
-    def load(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().load(*args, **kwargs)
+    def load(self, device_to: Any = None, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
+        result = super().load(device_to, lowvram_model_memory, *args, **kwargs)
         setattr(self.model, _FACTOR_BYTES, 0)  # core has counted anew
-        self._attach_patches()
+        # 0: as much as it takes
+        budget = lowvram_model_memory - self.model.model_loaded_weight_memory
+        self._attach_patches(self._room(budget if lowvram_model_memory else math.inf))
         self._warm_up()
+        return result
+
+    def partially_load(self, device_to: Any, extra_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
+        """Core does not load again what differs in the way of applying LoRA alone."""
+        result = super().partially_load(device_to, extra_memory, *args, **kwargs)
+        self._attach_patches(0 if self.model.model_lowvram else self._room(extra_memory or math.inf))
         return result
 
     def _warm_up(self) -> None:
@@ -109,11 +167,14 @@ class PackedPatcher(_Base):
         for weight in weights.values():
             warm_up(weight, self.load_device)
 
-    def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
-        freed = super().partially_unload(*args, **kwargs)
+    def partially_unload(self, device_to: Any, memory_to_free: float = 0, *args: Any, **kwargs: Any) -> Any:
+        dropped = self._drop_kept()
+        if dropped and dropped >= memory_to_free:
+            return dropped
+        freed = super().partially_unload(device_to, memory_to_free - dropped, *args, **kwargs)
         if not is_dynamic(self):  # there core only drops pages
             self._attach_patches()
-        return freed
+        return dropped + freed
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
         result = super().unpatch_model(device_to, unpatch_weights)
@@ -186,8 +247,8 @@ class PackedPatcher(_Base):
 
     def pin_weight_to_device(self, key: str) -> None:
         weight = comfy.utils.get_attr(self.model, key)
-        if not is_packed(weight):
-            super().pin_weight_to_device(key)
+        if not is_packed(weight) or is_streamed(comfy.utils.get_attr(self.model, key.rpartition(".")[0])):
+            super().pin_weight_to_device(key)  # which leaves out what is streamed
         elif comfy.model_management.pin_memory(_codes(weight)):
             self.pinned.add(key)
 
@@ -209,7 +270,7 @@ class PackedPatcher(_Base):
         return state_dict
 
 
-# Attribute of the model: bytes of low-rank factors that are counted as loaded.
+# Attribute of the model: bytes of low-rank factors and kept weights that are counted as loaded.
 _FACTOR_BYTES = "snug_factor_bytes"
 
 

@@ -12,31 +12,49 @@ import comfy.lora
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 
+from .lora_kinds import is_costly
+from .side_branch import SideBranch
+
 
 class WeightPatches:
     """The patches that ComfyUI holds for one key, as a function on the decoded weight.
 
-    version: core's identifier of a set of patches; `device`: where the low-rank factors are, None for where
-    ComfyUI keeps them; `nbytes`: what they take there beyond that.
+    state: what they were made for, to know when they are out of date; `device`: where the low-rank factors are, None
+    for where ComfyUI keeps them; `branch`: all of the patches as two factors, where that is wanted and possible;
+    `kept`: the patched weight, decoded, where there was memory for it; `nbytes`: what all this takes on the device
+    beyond what ComfyUI has.
     """
+
+    kept: torch.Tensor | None = None
 
     def __init__(
         self,
         key: str,
         patches: list[Any],
-        version: Any = None,
         device: torch.device | None = None,
+        branch: SideBranch | None = None,
+        state: Any = None,
         original_weights: dict[str, Any] | None = None,
     ) -> None:
         self.key = key
-        self.version = version
         self.device = device
+        self.branch = branch
+        self.state = state
         self.original_weights = original_weights
-        self.nbytes = 0
-        self.patches = patches if device is None else [self._moved(patch, device) for patch in patches]
+        self.costly = any(is_costly(patch) for patch in patches)
+        self._moved_bytes = 0
+        moves = device is not None and branch is None
+        self.patches = [self._moved(patch, device) for patch in patches] if moves else patches
+
+    @property
+    def nbytes(self) -> int:
+        branch = 0 if self.branch is None or self.device is None else self.branch.nbytes
+        return self._moved_bytes + branch + (0 if self.kept is None else self.kept.nbytes)
 
     def __call__(self, weight: torch.Tensor) -> torch.Tensor:
         """weight: float32, changed in place where possible. Returns the patched weight, maybe of another shape."""
+        if self.branch is not None:
+            return self.branch.merge_into(weight)
         return comfy.lora.calculate_weight(
             self.patches,
             weight,
@@ -57,7 +75,7 @@ class WeightPatches:
         weights = []
         for item in value.weights:
             if isinstance(item, torch.Tensor) and item.device != device:
-                self.nbytes += item.nbytes
+                self._moved_bytes += item.nbytes
                 item = item.to(device, non_blocking=True)
             weights.append(item)
         return (strength, type(value)(value.loaded_keys, tuple(weights)), *rest)  # type: ignore[call-arg]

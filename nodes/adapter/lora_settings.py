@@ -1,0 +1,34 @@
+"""How LoRA is applied to packed weights: settings that a MODEL carries from node to node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+AUTOMATIC = "automatic"
+MERGE = "merge while dequantizing"
+BRANCH = "side branch"
+# Under this name core's clones of a patcher hand the settings on.
+_ATTACHMENT = "snug_lora_mode"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """mode: AUTOMATIC, MERGE or BRANCH; the defaults are what a model without the node does.
+
+    cache: whether weights with costly patches are kept merged and decoded where memory allows.
+    """
+
+    mode: str = MERGE
+    cache: bool = False
+
+
+_DEFAULT = LoraSettings()
+
+
+def lora_settings(patcher: Any) -> LoraSettings:
+    return patcher.attachments.get(_ATTACHMENT, _DEFAULT)
+
+
+def set_lora_settings(patcher: Any, settings: LoraSettings) -> None:
+    patcher.set_attachments(_ATTACHMENT, settings)

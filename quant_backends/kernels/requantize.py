@@ -1,0 +1,55 @@
+"""Weights that were decoded and changed, in their old format again."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core.packed import PackedTensor
+from ..formats.scaled_elements import ScaledElements
+from .dequantize import quantize, quantize_packed
+
+
+def can_requantize(packed: PackedTensor) -> bool:
+    """Whether `requantize` can encode in the format of `packed`."""
+    fmt = packed.format
+    return fmt.can_quantize or _is_int8_rows(fmt)
+
+
+def requantize(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
+    """values (float32, of `like`'s shape) in the format of `like`, on their device.
+
+    Scales are chosen anew from the values, where `like` was scaled at all. Raises SnugError for formats that cannot be
+    written.
+    """
+    fmt = like.format
+    if isinstance(fmt, type):
+        # Blocks may cross rows, as in convolutions of SD1.5.
+        data = quantize(values.reshape(-1, fmt.block_size), fmt).view(-1)
+        return PackedTensor(data, fmt, tuple(values.shape))
+    if _is_int8_rows(fmt):
+        return _int8_rows(values, like)
+    scale = like.parts.get("scale")
+    if not isinstance(fmt, ScaledElements) or fmt.block != (0, 0) or scale is None or scale.item() == 1:
+        return quantize_packed(values, fmt)
+    # `quantize_packed` casts to float8 as it is; a weight with a scale of its own would lose its small values.
+    largest = values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    new_scale = (largest / torch.finfo(fmt.data_dtype).max).to(scale.dtype).view_as(scale)
+    scaled = quantize_packed(values / new_scale.float(), fmt)
+    return PackedTensor(scaled.data, fmt, scaled.shape, {"scale": new_scale})
+
+
+def _is_int8_rows(fmt: object) -> bool:
+    """int8 with a scale for each row: bitsandbytes' LLM.int8, quanto's qint8 and torchao's int8."""
+    return isinstance(fmt, ScaledElements) and (fmt.stored, fmt.block, fmt.zero) == ("int8", (1, 0), False)
+
+
+def _int8_rows(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
+    """Rounded to the nearest of 255 steps between plus and minus the largest magnitude of the row."""
+    scale = like.parts["scale"]
+    matrix = values.reshape(len(values), -1)
+    largest = matrix.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * 127)
+    scb = isinstance(like.format, ScaledElements) and like.format.scb
+    part = (largest if scb else largest / 127).to(scale.dtype)
+    step = part.float() / 127 if scb else part.float()
+    data = (matrix / step).round_().clamp_(-127, 127).to(torch.int8)
+    return PackedTensor(data.view(values.shape), like.format, like.shape, {"scale": part.view_as(scale)})
