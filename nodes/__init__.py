@@ -17,6 +17,7 @@ class SnugExtension(ComfyExtension):
         from .load_diffusion_model import SnugLoadDiffusionModel
         from .load_lora import SnugLoadLora
         from .load_text_encoders import SnugLoadTextEncoders
+        from .lora_mode import SnugLoraMode
         from .memory_budget import SnugMemoryBudget
         from .torch_compile import SnugTorchCompile
 
@@ -29,6 +30,7 @@ class SnugExtension(ComfyExtension):
             SnugLayerwiseCasting,
             SnugLayerwiseCastingCLIP,
             SnugTorchCompile,
+            SnugLoraMode,
             SnugMemoryBudget,
         ]
 
