@@ -16,8 +16,15 @@ import torch
 
 from ...quant_backends.memory.executor import GroupOffload
 from ...quant_backends.memory.plan import OffloadPlan
-from ...quant_backends.memory.transfer import DirectTransfer, DiskTransfer, StreamTransfer, Transfer
-from .offload_units import Place, Unit, remember_order
+from ...quant_backends.memory.spill import FileBacked
+from ...quant_backends.memory.transfer import (
+    DirectTransfer,
+    DiskTransfer,
+    SlabTransfer,
+    StreamTransfer,
+    Transfer,
+)
+from .offload_units import Place, Unit, distribute, remember_order
 
 # Attribute of a module: (Streaming, number of its unit), while it is streamed.
 STREAMED_UNIT = "snug_streamed_unit"
@@ -56,8 +63,13 @@ class Streaming:
         self._running: int | None = None
         self._replaced: list[Place] = []
         self._order: list[int] = []
+        self._last_seen: int | None = None
+        self._knows_order = False
         self._wrapped: list[LayerForward] = []
         self._hooks: list[Any] = []
+        streamed = [tensor for index in plan.streamed for tensor in self.units[index].tensors]
+        if isinstance(transfer, SlabTransfer) and not any(map(FileBacked().__contains__, streamed)):
+            transfer.on_staged = self._keep_in_slab  # else the weights would be in memory twice
         self._offload = GroupOffload(plan, self._source, transfer)
         self._on_copied = None
 
@@ -94,7 +106,7 @@ class Streaming:
         unit = self.units[index]
         key = (index, tensors[0].data_ptr())
         if key not in self._in_slots:
-            self._in_slots[key] = _parameters_over(unit.places, tensors)
+            self._in_slots[key] = [place.over(part) for place, part in distribute(unit.places, tensors)]
         self._running = index
         for place, parameter in zip(unit.places, self._in_slots[key], strict=True):
             if place.is_current:
@@ -115,15 +127,18 @@ class Streaming:
 
     def _notice(self, index: int) -> None:
         """Learns the order of execution, for the next time that a plan is made."""
-        if len(self._order) == len(self.units) or index in self._order[-1:]:
+        if self._knows_order or index == self._last_seen:
             return
-        if index in self._order:  # the next step has begun: what was not seen is not run
-            ran = set(self._order)
-            self._order += [number for number in range(len(self.units)) if number not in ran]
-            if self._order != sorted(self._order):
-                remember_order(self._model, [self.units[number].name for number in self._order])
-        else:
+        self._last_seen = index
+        if index not in self._order:
             self._order.append(index)
+            if len(self._order) < len(self.units):
+                return
+        # Every unit has run, or the next step has begun, and those that were not seen do not run.
+        self._knows_order = True
+        order = [*self._order, *(number for number in range(len(self.units)) if number not in self._order)]
+        if order != sorted(order):
+            remember_order(self._model, [self.units[number].name for number in order])
 
     # ---- on the model ----------------------------------------------------------------------------------------
 
@@ -167,20 +182,15 @@ class Streaming:
         """What all slots take on the device."""
         return self._offload.slot_bytes
 
+    def _keep_in_slab(self, index: int, tensors: tuple[torch.Tensor, ...]) -> None:
+        for place, part in distribute(self.units[index].places, tensors):
+            place.keep_in(part)
+
     def _source(self, index: int) -> list[torch.Tensor]:
         tensors = self.units[index].tensors
         if self._on_copied is not None:
             self._on_copied(sum(tensor.nbytes for tensor in tensors))
         return tensors
-
-
-def _parameters_over(places: Sequence[Place], tensors: Sequence[torch.Tensor]) -> list[torch.nn.Parameter]:
-    found, start = [], 0
-    for place in places:
-        count = len(place.tensors)
-        found.append(place.over(tensors[start : start + count]))
-        start += count
-    return found
 
 
 # Hooks are plain functions, the same for all blocks, so that a compiler that looks at them finds no difference. A

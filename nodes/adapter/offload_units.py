@@ -44,6 +44,11 @@ class Place:
         moved = QuantizedTensor(data, weight._layout_cls, params)
         return torch.nn.Parameter(moved, requires_grad=False)
 
+    def keep_in(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Lets the module keep the same weight in other memory from now on."""
+        self.original = self.over(tensors)
+        self.module._parameters[self.name] = self.original
+
     @property
     def is_current(self) -> bool:
         """Whether the module still has the parameter that is streamed; weight hooks put others in its place."""
@@ -66,6 +71,17 @@ class Unit:
     def block(self) -> Block:
         """For the plan."""
         return Block(self.name, tuple(tensor.nbytes for tensor in self.tensors))
+
+
+def distribute(
+    places: Sequence[Place], tensors: Sequence[torch.Tensor]
+) -> Iterator[tuple[Place, Sequence[torch.Tensor]]]:
+    """Each place with its part of `tensors`, which are in the order of the places."""
+    start = 0
+    for place in places:
+        count = len(place.tensors)
+        yield place, tensors[start : start + count]
+        start += count
 
 
 def offload_units(model: torch.nn.Module, level: str) -> list[Unit]:

@@ -21,8 +21,9 @@ class GroupOffload:
     """The weights of one model, by blocks.
 
     plan: what stays and what is streamed. source: the tensors of each block, in the same sizes as in the plan; those
-    of blocks that stay are where they compute already. transfer: not yet opened; it is closed with this. Around each block call `acquire` and `release`; blocks do not
-    overlap one another. late_copies: copies that a block had to wait for because it did not follow the one before.
+    of blocks that stay are where they compute already. transfer: not yet opened; it is closed with this.
+    Around each block call `acquire` and `release`; blocks do not overlap one another. late_copies: copies that a
+    block had to wait for because it did not follow the one before.
 
     Raises SnugError when `source` does not fit the plan, and whatever torch raises when memory runs out; nothing is
     kept then.

@@ -114,13 +114,15 @@ class OffloadPlan:
         """The plan in a sentence or three."""
         count, total = len(self.blocks) - len(self.streamed), len(self.blocks)
         if not self.groups:
-            return f"All {total} blocks stay on the GPU ({_size(self.resident_bytes)})."
+            return f"All {total} blocks stay on the GPU ({size_text(self.resident_bytes)})."
         slots = {1: "one slot", 2: "two slots", 3: "three slots"}.get(self.slots, f"{self.slots} slots")
-        kept = f"{count} of {total} blocks stay on the GPU ({_size(self.resident_bytes)}), {total - count}"
+        kept = (
+            f"{count} of {total} blocks stay on the GPU ({size_text(self.resident_bytes)}), {total - count}"
+        )
         text = (
             f"{kept if count else f'All {total} blocks'} are streamed in {len(self.groups)} groups "
-            f"({_size(self.step_bytes)} a step), {slots} of {_size(self.slot_bytes)}: {_size(self.device_bytes)} of "
-            f"weights on the GPU at most."
+            f"({size_text(self.step_bytes)} a step), {slots} of {size_text(self.slot_bytes)}: "
+            f"{size_text(self.device_bytes)} of weights on the GPU at most."
         )
         if not self.compute_seconds:
             return f"{text} Copying takes {self.transfer_seconds:.2f} s a step at {self.link / 1e9:.0f} GB/s."
@@ -159,8 +161,8 @@ def make_plan(
     if not plans:
         least = least_limit(blocks, blocks_per_group, prefetch)
         raise SnugError(
-            f"The model's {len(blocks)} blocks cannot be run with {_size(limit or 0)} of GPU memory for their weights: "
-            f"streaming needs at least {_size(least)}; allow that much, or choose fewer blocks per group."
+            f"The model's {len(blocks)} blocks cannot be run with {size_text(limit or 0)} of GPU memory for their "
+            f"weights: streaming needs at least {size_text(least)}; allow that much, or choose fewer blocks per group."
         )
     costs = [_cost(plan) for plan in plans]
     fast = [plan for plan, cost in zip(plans, costs, strict=True) if cost <= AS_FAST * min(costs)]
@@ -262,5 +264,6 @@ def _step_seconds(plan: OffloadPlan, seconds: Sequence[float]) -> float:
     return (now - start) / WARM_UP_STEPS
 
 
-def _size(nbytes: int) -> str:
+def size_text(nbytes: float) -> str:
+    """For people, in the units that ComfyUI counts in."""
     return f"{nbytes / 2**30:.1f} GB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MB"

@@ -34,14 +34,17 @@ def host_bytes_in_use(pinned_only: bool = False) -> int:
 
 
 class HostBuffer:
-    """bytes: uint8 [nbytes] in the host's memory, uninitialised.
+    """bytes: uint8 [nbytes] in the host's memory, uninitialised, or memory that is there already.
 
     pin_for: the device whose copies it is pinned for; None leaves it pageable. Where pinning fails (other programs
     may hold most of what the system allows) a warning is logged and `is_pinned` is False: copies are slower then.
     """
 
-    def __init__(self, nbytes: int, pin_for: torch.device | None = None) -> None:
-        self.bytes = host_memory.empty((nbytes,), torch.uint8, torch.device("cpu"))
+    def __init__(
+        self, nbytes: int, pin_for: torch.device | None = None, existing: torch.Tensor | None = None
+    ) -> None:
+        new = existing is None
+        self.bytes = host_memory.empty((nbytes,), torch.uint8, torch.device("cpu")) if new else existing
         self._unpin: weakref.finalize[..., HostBuffer] | None = None
         if pin_for is not None and nbytes:
             self._pin(pin_for)
@@ -107,6 +110,19 @@ class GroupLayout:
             for view, tensor in zip(self.views(block, group_bytes), self._source(block), strict=True):
                 view.copy_(tensor)
 
+    def slab_of_before(self) -> torch.Tensor | None:
+        """The slab of an earlier streaming, uint8, when the source's tensors are still views of it as planned."""
+        slab: torch.Tensor | None = None
+        for group in self._plan.groups:
+            for block in group.blocks:
+                start, tensors = group.offset + self._starts[block], self._source(block)
+                for offset, tensor in zip(self._plan.blocks[block].offsets, tensors, strict=True):
+                    if slab is None:
+                        slab = _bytes_from(tensor, start + offset, self._plan.slab_bytes)
+                    if slab is None or tensor.data_ptr() != slab.data_ptr() + start + offset:
+                        return None
+        return slab
+
     def _check(self, block: int, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.dtype, torch.Size]]:
         spec, found = self._plan.blocks[block], tuple(tensor.nbytes for tensor in tensors)
         if found != spec.sizes:
@@ -115,3 +131,12 @@ class GroupLayout:
                 f"the model's weights were changed after the plan: apply the offload node last."
             )
         return [(tensor.dtype, tensor.shape) for tensor in tensors]
+
+
+def _bytes_from(tensor: torch.Tensor, before: int, nbytes: int) -> torch.Tensor | None:
+    """uint8 [nbytes] of the memory that a tensor lies in, from `before` bytes ahead of it; None: it has not so much."""
+    storage = tensor.untyped_storage()
+    start = tensor.data_ptr() - storage.data_ptr() - before
+    if start < 0 or start + nbytes > storage.nbytes():
+        return None
+    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,))

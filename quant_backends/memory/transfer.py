@@ -6,6 +6,7 @@ thread, in the order in which work is enqueued on the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -78,10 +79,14 @@ class DirectTransfer:
 class SlabTransfer:
     """What transfers from a slab have in common: all streamed bytes in one piece of host memory in the order of
     execution, the slots, and the views of them.
+
+    on_staged: called with each block and its tensors in the slab as soon as they are there, so that the source can
+    let go of its own; None when the source keeps them. A slab that the source's tensors lie in is used again.
     """
 
     def __init__(self, device: torch.device, pin: bool) -> None:
         self.device = device
+        self.on_staged: Callable[[int, tuple[torch.Tensor, ...]], None] | None = None
         self._pin_for = device if pin else None
         self._host: HostBuffer | None = None
         self._slots: list[torch.Tensor] = []
@@ -109,9 +114,14 @@ class SlabTransfer:
         self._host = self._host_buffer(plan)
 
     def _host_buffer(self, plan: OffloadPlan) -> HostBuffer:
-        slab = HostBuffer(plan.slab_bytes, self._pin_for)
-        for number, group in enumerate(plan.groups):
-            self._layout.fill(number, slab.bytes.narrow(0, group.offset, group.nbytes))
+        existing = self._layout.slab_of_before()
+        slab = HostBuffer(plan.slab_bytes, self._pin_for, existing)
+        for number, group in enumerate(plan.groups if existing is None else ()):
+            group_bytes = slab.bytes.narrow(0, group.offset, group.nbytes)
+            self._layout.fill(number, group_bytes)
+            for block in group.blocks:
+                if self.on_staged is not None:
+                    self.on_staged(block, self._layout.views(block, group_bytes))
         return slab
 
     def _staged(self, group: int, slot: int) -> torch.Tensor:

@@ -1,0 +1,243 @@
+"""Group offloading of real tiny models, on a simulated device: slots hold poison until their copy was waited for."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from compiled_models import compiled, compiles, predict
+from narrow_flux import accept_narrow_flux
+from snug.quant_backends.core.errors import SnugError
+from snug.quant_backends.memory.simulated import SimulatedDevice, SimulatedTransfer
+from snug.quant_backends.memory.slab import host_bytes_in_use
+from twins import Twins
+
+TwinsOf = Callable[[str, str], Twins]
+Devices = list[SimulatedDevice]
+
+
+@pytest.fixture(autouse=True)
+def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[Devices]:
+    """Weights are streamed to devices that exist in time only, one for each slab; returns those that were made."""
+    from snug.nodes.adapter import offloading
+
+    made: Devices = []
+
+    def transfer_to(*_: Any) -> SimulatedTransfer:
+        made.append(SimulatedDevice())
+        return SimulatedTransfer(made[-1])
+
+    accept_narrow_flux(monkeypatch)
+    monkeypatch.setattr(offloading, "transfer_to", transfer_to)
+    yield made
+    unload()
+    gc.collect()
+    assert host_bytes_in_use() == 0
+
+
+def unload() -> None:
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+
+
+def load(patcher: Any) -> Any:
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher
+
+
+def offloaded(patcher: Any, **settings: Any) -> Any:
+    from snug.nodes.adapter.group_offload import OffloadSettings, offload_model
+
+    return offload_model(patcher, OffloadSettings(**settings))[0]
+
+
+def run(patcher: Any, family: str = "sd3", **options: Any) -> torch.Tensor:
+    return predict(load(patcher), family, **options)
+
+
+def copies(devices: Devices) -> int:
+    return sum(event.kind == "copy" for device in devices for event in device.events)
+
+
+def parameters(patcher: Any) -> list[int]:
+    """What identifies the weights of a model and where they are."""
+    from snug.nodes.adapter.layout import is_packed
+
+    found = (module._parameters.values() for module in patcher.model.modules())
+    values = [value for group in found for value in group if value is not None]
+    return [(value._qdata if is_packed(value) else value).data_ptr() for value in values]
+
+
+@pytest.mark.parametrize("level", ["block", "leaf"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "sd15"])
+def test_output_is_that_of_the_plain_model(twins: TwinsOf, devices: Devices, family: str, level: str) -> None:
+    for patcher in twins(family, "Q8_0").load():
+        wanted = run(patcher, family)
+        streamed = offloaded(patcher, level=level, prefetch=1)
+        before = copies(devices)
+        for _ in range(3):
+            assert torch.equal(run(streamed, family), wanted)
+        assert copies(devices) - before >= 2 * len(streamed.offloading.units(streamed.model))
+        assert torch.equal(run(patcher, family), wanted), "not undone"
+        assert host_bytes_in_use() == 0
+
+
+@pytest.mark.parametrize("format", ["Q4_0", "nf4", "int8", "fp8"])
+@pytest.mark.parametrize("is_dense", [False, True])
+@pytest.mark.parametrize("lora_first", [False, True])
+def test_lora(
+    twins: TwinsOf, devices: Devices, model: Any, format: str, is_dense: bool, lora_first: bool
+) -> None:
+    patcher = twins("sd3", format).load()[is_dense]
+    lora = model.make_lora(twins("sd3", format).load()[0].model, 1)
+    plain = run(patcher)
+    wanted = run(model.with_lora(patcher, lora, 0.8))
+    streamed = (
+        offloaded(model.with_lora(patcher, lora, 0.8))
+        if lora_first
+        else model.with_lora(offloaded(patcher), lora, 0.8)
+    )
+    for _ in range(2):
+        assert model.relative_error(run(streamed) - plain, wanted - plain) < 1e-4
+    assert copies(devices)
+    assert torch.equal(run(offloaded(patcher)), plain)
+
+
+def test_a_changed_lora_streams_from_the_same_slab(sd3: Any, devices: Devices, model: Any) -> None:
+    streamed = offloaded(sd3[0])
+    lora = model.make_lora(sd3[0].model, 1)
+    found = [run(model.with_lora(streamed, lora, strength)) for strength in (0.2, 0.8, 0.2)]
+    gc.collect()
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(run(streamed), run(sd3[0]))
+    assert len(devices) == 1
+
+
+def test_a_second_queue_entry_streams_from_the_same_slab(sd3: Any, devices: Devices) -> None:
+    streamed = offloaded(sd3[1])
+    for _ in range(3):
+        run(streamed)
+    assert len(devices) == 1
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_two_clones_with_different_settings(sd3: Any, devices: Devices, number: int) -> None:
+    wanted = run(sd3[number])
+    size = sd3[number].model_size()
+    clones = [
+        offloaded(sd3[number], limit=int(0.8 * size), level="leaf"),
+        sd3[number],
+        offloaded(sd3[number], blocks_per_group=2),
+    ]
+    for patcher in clones * 2:
+        assert torch.equal(run(patcher), wanted)
+    assert len(devices) == 4
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("part", [0.75, 0.9, 2.0])
+def test_weights_stay_within_the_limit(sd3: Any, devices: Devices, number: int, part: float) -> None:
+    wanted = run(sd3[number])
+    whole = load(offloaded(sd3[number], limit=1 << 40)).loaded_size()
+    assert 0.8 * sd3[number].model_size() < whole <= sd3[number].model_size()
+    streamed = offloaded(sd3[number], limit=int(part * whole), level="leaf")
+    assert torch.equal(run(streamed), wanted)
+    assert streamed.loaded_size() <= part * whole
+    assert bool(copies(devices)) == (part < 1)
+    if part < 1:
+        streaming = streamed.offloading.streaming(streamed.model)
+        assert streamed.loaded_size() > 0.7 * part * whole
+        assert streaming.slot_bytes == streaming.plan.slots * streaming.plan.slot_bytes > 0
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_at_once(sd3: Any) -> None:
+    with pytest.raises(SnugError, match="allow"):
+        offloaded(sd3[0], limit=1000)
+
+
+def test_what_is_broken_off_is_put_back(sd3: Any, devices: Devices, model: Any) -> None:
+    class Broken(BaseException):
+        pass
+
+    def break_off(*_: Any) -> None:
+        raise Broken
+
+    streamed = load(offloaded(sd3[0]))
+    ids = parameters(streamed)
+    wanted = predict(streamed, "sd3")
+    units = streamed.offloading.units(streamed.model)
+    for unit in (units[0], units[-1]):
+        layer = next(layer for layer in unit.module.modules() if hasattr(layer, "out_features"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(layer.__dict__, "forward", break_off)
+            with pytest.raises(Broken):
+                predict(streamed, "sd3")
+        assert parameters(streamed) != ids, "nothing was streamed when it was broken off"
+        streamed.cleanup()  # as the sampler does whatever happens
+        assert parameters(streamed) == ids
+        assert torch.equal(predict(streamed, "sd3"), wanted)
+    assert torch.equal(run(streamed), wanted)
+
+
+def test_unloading_and_forgetting_free_the_slab(sd3: Any) -> None:
+    streamed = offloaded(sd3[0])
+    run(streamed)
+    assert host_bytes_in_use() > 0
+    unload()
+    assert host_bytes_in_use() == 0
+    run(streamed)
+    assert host_bytes_in_use() > 0
+    del streamed
+    gc.collect()
+    assert host_bytes_in_use() == 0
+    ids = parameters(sd3[0])
+    run(sd3[0])
+    assert parameters(sd3[0]) == ids
+
+
+def test_memory_that_comfyui_wants_back(sd3: Any) -> None:
+    streamed = offloaded(sd3[0], limit=int(0.8 * sd3[0].model_size()), level="leaf")
+    wanted = run(streamed)
+    taken = streamed.loaded_size()
+    freed = streamed.partially_unload(streamed.offload_device, taken)
+    assert freed >= 0.99 * taken
+    assert streamed.loaded_size() <= 0.01 * taken
+    assert host_bytes_in_use() == 0
+    assert torch.equal(predict(streamed, "sd3"), wanted), "not right without slots"
+    assert torch.equal(run(streamed), wanted)
+    assert streamed.loaded_size() > 0.9 * taken
+
+
+def test_compiled_blocks_are_streamed_and_not_compiled_again(sd3: Any, devices: Devices, model: Any) -> None:
+    wanted = run(sd3[0])
+    lora = model.make_lora(sd3[0].model, 1)
+    for patcher in (compiled(offloaded(sd3[0])), offloaded(compiled(sd3[0]))):
+        before = copies(devices)
+        assert torch.allclose(run(patcher), wanted, atol=1e-5)
+        assert copies(devices) - before > 2
+        with compiles(at_most=0):
+            run(patcher)
+            run(model.with_lora(patcher, lora))
+            run(offloaded(patcher, limit=int(0.8 * sd3[0].model_size())))
+
+
+def test_order_of_execution_is_learned(twins: TwinsOf, devices: Devices) -> None:
+    patcher = twins("sd3", "Q8_0").load()[0]
+    wanted = run(patcher)
+    streamed = offloaded(patcher, level="leaf")
+    late = []
+    for _ in range(3):
+        assert torch.equal(run(streamed), wanted)
+        streaming = streamed.offloading.streaming(streamed.model)
+        before = streaming.late_copies
+        predict(streamed, "sd3")
+        late.append(streaming.late_copies - before)
+    assert late[0] > 0, "layers happen to run in the order of their modules: this shows nothing"
+    assert late[-1] == 0
