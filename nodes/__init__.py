@@ -11,6 +11,7 @@ logger = logging.getLogger("snug")
 
 class SnugExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .group_offload import SnugGroupOffload, SnugGroupOffloadCLIP
         from .layerwise_casting import SnugLayerwiseCasting, SnugLayerwiseCastingCLIP
         from .load_checkpoint import SnugLoadCheckpoint
         from .load_controlnet import SnugLoadControlNet
@@ -29,6 +30,8 @@ class SnugExtension(ComfyExtension):
             SnugLoadControlNet,
             SnugLayerwiseCasting,
             SnugLayerwiseCastingCLIP,
+            SnugGroupOffload,
+            SnugGroupOffloadCLIP,
             SnugTorchCompile,
             SnugLoraMode,
             SnugMemoryBudget,
