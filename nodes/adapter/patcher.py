@@ -154,8 +154,12 @@ class PackedPatcher(_Base):
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
         """Core does not load again what differs in the way of applying LoRA alone."""
+        model = self.model
+        is_whole = model.model_loaded_weight_memory > 0 and not (model.model_lowvram or is_dynamic(self))
+        is_loaded = is_whole and model.current_weight_patches_uuid == self.patches_uuid
         result = super().partially_load(device_to, extra_memory, *args, **kwargs)
-        self._attach_patches(0 if self.model.model_lowvram else self._room(extra_memory or math.inf))
+        if is_loaded:
+            self._attach_patches(self._room(extra_memory))
         return result
 
     def _warm_up(self) -> None:
