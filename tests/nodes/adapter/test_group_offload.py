@@ -10,29 +10,19 @@ import pytest
 import torch
 from compiled_models import compiled, compiles, predict
 from narrow_flux import accept_narrow_flux
+from simulated_transfers import Transfers, simulate_transfers
 from snug.quant_backends.core.errors import SnugError
-from snug.quant_backends.memory.simulated import SimulatedDevice, SimulatedTransfer
 from snug.quant_backends.memory.slab import host_bytes_in_use
 from twins import Twins
 
 TwinsOf = Callable[[str, str], Twins]
-Devices = list[SimulatedDevice]
 
 
 @pytest.fixture(autouse=True)
-def devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[Devices]:
-    """Weights are streamed to devices that exist in time only, one for each slab; returns those that were made."""
-    from snug.nodes.adapter import offloading
-
-    made: Devices = []
-
-    def transfer_to(*_: Any) -> SimulatedTransfer:
-        made.append(SimulatedDevice())
-        return SimulatedTransfer(made[-1])
-
+def transfers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Transfers]:
+    """One for each slab that is made."""
     accept_narrow_flux(monkeypatch)
-    monkeypatch.setattr(offloading, "transfer_to", transfer_to)
-    yield made
+    yield simulate_transfers(monkeypatch)
     unload()
     gc.collect()
     assert host_bytes_in_use() == 0
@@ -61,8 +51,8 @@ def run(patcher: Any, family: str = "sd3", **options: Any) -> torch.Tensor:
     return predict(load(patcher), family, **options)
 
 
-def copies(devices: Devices) -> int:
-    return sum(event.kind == "copy" for device in devices for event in device.events)
+def copies(transfers: Transfers) -> int:
+    return sum(event.kind == "copy" for transfer in transfers for event in transfer.clock.events)
 
 
 def parameters(patcher: Any) -> list[int]:
@@ -76,14 +66,16 @@ def parameters(patcher: Any) -> list[int]:
 
 @pytest.mark.parametrize("level", ["block", "leaf"])
 @pytest.mark.parametrize("family", ["sd3", "flux", "sd15"])
-def test_output_is_that_of_the_plain_model(twins: TwinsOf, devices: Devices, family: str, level: str) -> None:
+def test_output_is_that_of_the_plain_model(
+    twins: TwinsOf, transfers: Transfers, family: str, level: str
+) -> None:
     for patcher in twins(family, "Q8_0").load():
         wanted = run(patcher, family)
         streamed = offloaded(patcher, level=level, prefetch=1)
-        before = copies(devices)
+        before = copies(transfers)
         for _ in range(3):
             assert torch.equal(run(streamed, family), wanted)
-        assert copies(devices) - before >= 2 * len(streamed.offloading.units(streamed.model))
+        assert copies(transfers) - before >= 2 * len(streamed.offloading.units(streamed.model))
         assert torch.equal(run(patcher, family), wanted), "not undone"
         assert host_bytes_in_use() == 0
 
@@ -92,7 +84,7 @@ def test_output_is_that_of_the_plain_model(twins: TwinsOf, devices: Devices, fam
 @pytest.mark.parametrize("is_dense", [False, True])
 @pytest.mark.parametrize("lora_first", [False, True])
 def test_lora(
-    twins: TwinsOf, devices: Devices, model: Any, format: str, is_dense: bool, lora_first: bool
+    twins: TwinsOf, transfers: Transfers, model: Any, format: str, is_dense: bool, lora_first: bool
 ) -> None:
     patcher = twins("sd3", format).load()[is_dense]
     lora = model.make_lora(twins("sd3", format).load()[0].model, 1)
@@ -105,11 +97,11 @@ def test_lora(
     )
     for _ in range(2):
         assert model.relative_error(run(streamed) - plain, wanted - plain) < 1e-4
-    assert copies(devices)
+    assert copies(transfers)
     assert torch.equal(run(offloaded(patcher)), plain)
 
 
-def test_a_changed_lora_streams_from_the_same_slab(sd3: Any, devices: Devices, model: Any) -> None:
+def test_a_changed_lora_streams_from_the_same_slab(sd3: Any, transfers: Transfers, model: Any) -> None:
     streamed = offloaded(sd3[0])
     lora = model.make_lora(sd3[0].model, 1)
     found = [run(model.with_lora(streamed, lora, strength)) for strength in (0.2, 0.8, 0.2)]
@@ -117,18 +109,18 @@ def test_a_changed_lora_streams_from_the_same_slab(sd3: Any, devices: Devices, m
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
     assert torch.equal(run(streamed), run(sd3[0]))
-    assert len(devices) == 1
+    assert len(transfers) == 1
 
 
-def test_a_second_queue_entry_streams_from_the_same_slab(sd3: Any, devices: Devices) -> None:
+def test_a_second_queue_entry_streams_from_the_same_slab(sd3: Any, transfers: Transfers) -> None:
     streamed = offloaded(sd3[1])
     for _ in range(3):
         run(streamed)
-    assert len(devices) == 1
+    assert len(transfers) == 1
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_two_clones_with_different_settings(sd3: Any, devices: Devices, number: int) -> None:
+def test_two_clones_with_different_settings(sd3: Any, transfers: Transfers, number: int) -> None:
     wanted = run(sd3[number])
     size = sd3[number].model_size()
     clones = [
@@ -138,19 +130,19 @@ def test_two_clones_with_different_settings(sd3: Any, devices: Devices, number: 
     ]
     for patcher in clones * 2:
         assert torch.equal(run(patcher), wanted)
-    assert len(devices) == 4
+    assert len(transfers) == 4
 
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("part", [0.75, 0.9, 2.0])
-def test_weights_stay_within_the_limit(sd3: Any, devices: Devices, number: int, part: float) -> None:
+def test_weights_stay_within_the_limit(sd3: Any, transfers: Transfers, number: int, part: float) -> None:
     wanted = run(sd3[number])
     whole = load(offloaded(sd3[number], limit=1 << 40)).loaded_size()
     assert 0.8 * sd3[number].model_size() < whole <= sd3[number].model_size()
     streamed = offloaded(sd3[number], limit=int(part * whole), level="leaf")
     assert torch.equal(run(streamed), wanted)
     assert streamed.loaded_size() <= part * whole
-    assert bool(copies(devices)) == (part < 1)
+    assert bool(copies(transfers)) == (part < 1)
     if part < 1:
         streaming = streamed.offloading.streaming(streamed.model)
         assert streamed.loaded_size() > 0.7 * part * whole
@@ -162,7 +154,7 @@ def test_a_limit_that_cannot_be_kept_is_refused_at_once(sd3: Any) -> None:
         offloaded(sd3[0], limit=1000)
 
 
-def test_what_is_broken_off_is_put_back(sd3: Any, devices: Devices, model: Any) -> None:
+def test_what_is_broken_off_is_put_back(sd3: Any, transfers: Transfers, model: Any) -> None:
     class Broken(BaseException):
         pass
 
@@ -215,20 +207,22 @@ def test_memory_that_comfyui_wants_back(sd3: Any) -> None:
     assert streamed.loaded_size() > 0.9 * taken
 
 
-def test_compiled_blocks_are_streamed_and_not_compiled_again(sd3: Any, devices: Devices, model: Any) -> None:
+def test_compiled_blocks_are_streamed_and_not_compiled_again(
+    sd3: Any, transfers: Transfers, model: Any
+) -> None:
     wanted = run(sd3[0])
     lora = model.make_lora(sd3[0].model, 1)
     for patcher in (compiled(offloaded(sd3[0])), offloaded(compiled(sd3[0]))):
-        before = copies(devices)
+        before = copies(transfers)
         assert torch.allclose(run(patcher), wanted, atol=1e-5)
-        assert copies(devices) - before > 2
+        assert copies(transfers) - before > 2
         with compiles(at_most=0):
             run(patcher)
             run(model.with_lora(patcher, lora))
             run(offloaded(patcher, limit=int(0.8 * sd3[0].model_size())))
 
 
-def test_order_of_execution_is_learned(twins: TwinsOf, devices: Devices) -> None:
+def test_order_of_execution_is_learned(twins: TwinsOf, transfers: Transfers) -> None:
     patcher = twins("sd3", "Q8_0").load()[0]
     wanted = run(patcher)
     streamed = offloaded(patcher, level="leaf")
