@@ -20,15 +20,14 @@ from ...quant_backends.memory.budget import (
     Component,
     Stage,
     StagePlan,
-    gigabytes,
     plan_budget,
 )
-from ...quant_backends.memory.plan import least_limit
+from ...quant_backends.memory.plan import least_limit, size_text
 from .compat import supported_arguments
 from .group_offload import OffloadSettings, offload_clip, offload_model
 from .layout import is_packed, stored_nbytes
-from .memory_budget_patcher import Allowance, is_on_gpu, with_allowance
-from .memory_budget_vae import decoding_bytes, decoding_tiles, with_room
+from .memory_budget_patcher import Allowance, is_on_gpu, warn_of_more, with_allowance
+from .memory_budget_vae import Coding, is_picture_as_video, with_room
 from .offload_units import BLOCK, LEAF, offload_units, other_bytes
 from .patcher import PackedPatcher
 from .patches import adapter_bytes
@@ -74,11 +73,22 @@ def apply_budget(
         remarks.append("ComfyUI runs on the CPU, where nothing is changed; on a GPU the plan would be:")
     elif budget > (total := int(management.get_total_memory(device))):
         budget = total
-        remarks.append(f"The GPU has {gigabytes(total)} only, which is what is planned with.")
-    plan = plan_budget(budget, int(management.extra_reserved_memory()), _stages(models, size, latent))
-    planned, notes = _within(models, plan)
+        remarks.append(f"The GPU has {size_text(total)} only, which is what is planned with.")
+    here = replace(models, clip=_if_on(device, models.clip), vae=_if_on(device, models.vae))
+    for name, given, planned in ((CLIP, models.clip, here.clip), (VAE, models.vae, here.vae)):
+        if given is not None and planned is None:
+            remarks.append(f"{name}: on another device ({given.patcher.load_device}), not planned.")
+    plan = plan_budget(budget, int(management.extra_reserved_memory()), _stages(here, size, latent))
+    within, notes = _within(here, plan)
     report = "\n".join([*remarks, plan.report(notes)])
-    return (planned if on_gpu else models), report
+    if not on_gpu:
+        return models, report
+    return replace(within, clip=within.clip or models.clip, vae=within.vae or models.vae), report
+
+
+def _if_on(device: torch.device, model: Any) -> Any:
+    """The CLIP or VAE, or None: ComfyUI may have it run elsewhere, such as on the CPU."""
+    return model if model is not None and model.patcher.load_device == device else None
 
 
 def _stages(models: Models, size: ImageSize, latent: Mapping[str, Any] | None) -> list[Stage]:
@@ -99,7 +109,7 @@ def _sampling(models: Models, images: list[torch.Tensor], work: str) -> Stage:
     patcher, control = models.model, models.control_net
     noise = comfy.utils.pack_latents(images)[0] if len(images) > 1 else images[0]
     # As ComfyUI estimates it: with the positive and the negative prompt in one batch.
-    needed = patcher.memory_required([2 * noise.shape[0], *noise.shape[1:]])
+    needed = patcher.model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
     beside = []
     if control is not None:
         needed += control.inference_memory_requirements(patcher.model_dtype())
@@ -113,10 +123,13 @@ def _sampling(models: Models, images: list[torch.Tensor], work: str) -> Stage:
 
 
 def _decoding(vae: Any, shape: torch.Size, work: str) -> Stage:
-    tiles = [(size, _computing(nbytes)) for size, nbytes in decoding_tiles(vae, shape)]
-    whole = _computing(decoding_bytes(vae, shape))
-    fewer = tuple((size, nbytes) for size, nbytes in tiles if nbytes < whole)
-    return Stage("Decoding", _component(VAE, vae.patcher, False), whole, work, tiles=fewer)
+    if is_picture_as_video(vae, shape):
+        shape = torch.Size((*shape[:2], *shape[3:]))
+    coding = Coding(vae, tuple(shape))
+    whole = _computing(coding.nbytes)
+    tiles = [(size, _computing(nbytes)) for size, nbytes in coding.tiles()]
+    tiles = [(size, nbytes) for size, nbytes in tiles if nbytes < whole]
+    return Stage("Decoding", _component(VAE, vae.patcher, False), whole, work, tiles=tuple(tiles))
 
 
 def _attached_models(patcher: Any) -> list[Any]:
@@ -205,6 +218,7 @@ def _within(models: Models, plan: BudgetPlan) -> tuple[Models, dict[str, str]]:
         name = stage.stage.component.name
         if name == MODEL:
             model = with_allowance(models.model, allowance)
+            warn_of_more(model, stage.computing)
             if stage.limit is not None:
                 model, notes[name] = offload_model(model, _settings(model, stage.limit))
             models = replace(models, model=model)

@@ -6,17 +6,27 @@ budgeted model counts them when it is loaded and has ComfyUI unload what is too 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as management
+import comfy.sampler_helpers
+from comfy.patcher_extension import WrappersMP
+
+from ...quant_backends.memory.plan import size_text
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher as _Base
 else:
     _Base = object
 
+logger = logging.getLogger("snug")
+
+# Name of the patcher's wrapper of sampling.
+_SAMPLING = "snug_memory_budget"
 # Name of the patcher's attachment, which ComfyUI passes on to its clones.
 _ALLOWANCE = "snug_memory_allowance"
 
@@ -48,6 +58,26 @@ def with_allowance(patcher: Any, allowance: Allowance) -> Any:
     new = _adopt(patcher.clone())
     new.set_attachments(_ALLOWANCE, allowance)
     return new
+
+
+def warn_of_more(patcher: Any, planned: int) -> None:
+    """Changes the patcher: sampling that computes with more than the `planned` bytes says so in the log."""
+
+    def prepare(
+        executor: Callable[..., Any], model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        needed, _ = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
+        if needed > planned and is_on_gpu(model.load_device):
+            logger.warning(
+                "Sampling at this size computes with %s, where the memory budget was planned with %s: connect the "
+                "latent that is sampled to Memory Budget (Snug), or raise its width, height or batch size.",
+                size_text(needed),
+                size_text(planned),
+            )
+        return executor(model, noise_shape, conds, *args, **kwargs)
+
+    patcher.remove_wrappers_with_key(WrappersMP.PREPARE_SAMPLING, _SAMPLING)
+    patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, _SAMPLING, prepare)
 
 
 def is_on_gpu(device: Any) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..core.errors import SnugError
+from .plan import size_text
 
 GIGABYTE = 2**30
 # Sides of the square tiles that decoding may be done in, in pixels, the largest first.
@@ -103,7 +104,7 @@ class BudgetPlan:
 
     def report(self, notes: Mapping[str, str]) -> str:
         """A table of the stages. notes: by the name of a component, how it is streamed and what that costs."""
-        lines = [f"Memory budget: {gigabytes(self.budget)} of GPU memory."]
+        lines = [f"Memory budget: {size_text(self.budget)} of GPU memory."]
         for plan in self.stages:
             lines += ["", *self._rows(plan, notes)]
         if any(plan.limit is not None or plan.tile is not None for plan in self.stages):
@@ -117,7 +118,7 @@ class BudgetPlan:
     def _rows(self, plan: StagePlan, notes: Mapping[str, str]) -> list[str]:
         stage = plan.stage
         kept = "stays on the GPU"
-        fate = kept if plan.limit is None else f"streamed, of {gigabytes(stage.component.nbytes)}"
+        fate = kept if plan.limit is None else f"streamed, of {size_text(stage.component.nbytes)}"
         work = stage.work if plan.tile is None else f"{stage.work}, in tiles of {plan.tile} pixels"
         table = [
             (_labelled(stage.component), plan.weights, fate),
@@ -126,9 +127,9 @@ class BudgetPlan:
             ("reserve", self.reserve, "for the desktop and other programs"),
         ]
         width = max(len(label) for label, _, _ in table)
-        rows = [f"{stage.name}: {gigabytes(plan.peak + self.reserve)} at most"]
+        rows = [f"{stage.name}: {size_text(plan.peak + self.reserve)} at most"]
         rows += [
-            f"  {label:<{width}}  {gigabytes(nbytes):>9}  {text}".rstrip() for label, nbytes, text in table
+            f"  {label:<{width}}  {size_text(nbytes):>8}  {text}".rstrip() for label, nbytes, text in table
         ]
         note = notes.get(stage.component.name)
         return [*rows, f"  {note}"] if note else rows
@@ -169,10 +170,6 @@ def largest_tile(nbytes: Callable[[int], int], room: int, sizes: Sequence[int] =
     return next((size for size in sizes if nbytes(size) <= room), sizes[-1])
 
 
-def gigabytes(nbytes: float) -> str:
-    return f"{nbytes / GIGABYTE:.2f} GB"
-
-
 def _labelled(component: Component) -> str:
     return f"{component.name} ({component.detail})" if component.detail else component.name
 
@@ -185,14 +182,14 @@ def _round_up(nbytes: int) -> str:
 def _too_small(budget: int, reserve: int, stage: Stage) -> str:
     least = stage.least
     computing = min([stage.computing, *(nbytes for _, nbytes in stage.tiles)])
-    beside = f", {gigabytes(stage.other_weights)} for {_names(stage.beside)}" if stage.beside else ""
+    beside = f", {size_text(stage.other_weights)} for {_names(stage.beside)}" if stage.beside else ""
     streamed = " when streamed" if stage.component.least is not None else ""
     work = f" ({stage.work})" if stage.work else ""
     return (
-        f"A memory budget of {gigabytes(budget)} is too small: {stage.name.lower()} needs at least "
-        f"{_round_up(least + reserve)}, of which {gigabytes(least - computing - stage.other_weights)} for the weights "
-        f"of {_labelled(stage.component)}{streamed}{beside}, {gigabytes(computing)} for computing{work} and "
-        f"{gigabytes(reserve)} in reserve; allow that much, choose a lower resolution or a smaller batch, or use a "
+        f"A memory budget of {size_text(budget)} is too small: {stage.name.lower()} needs at least "
+        f"{_round_up(least + reserve)}, of which {size_text(least - computing - stage.other_weights)} for the weights "
+        f"of {_labelled(stage.component)}{streamed}{beside}, {size_text(computing)} for computing{work} and "
+        f"{size_text(reserve)} in reserve; allow that much, choose a lower resolution or a smaller batch, or use a "
         "file with fewer bits per weight or Layerwise Casting (Snug)."
     )
 

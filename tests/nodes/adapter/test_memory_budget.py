@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from simulated_gpu import SimulatedGPU
+from simulated_transfers import simulate_transfers
 from small_text_encoders import PROMPT, SmallCLIP, load_dense
 from snug.quant_backends.core.errors import SnugError
-from snug.quant_backends.memory.simulated import SimulatedDevice, SimulatedTransfer
 from twins import Twins
 
 MEGABYTE = 1 << 20
@@ -25,9 +25,7 @@ LEAST_FREE = 32 * MEGABYTE
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGPU:
     """Large enough for everything; weights are streamed to a device that exists in time only."""
-    from snug.nodes.adapter import group_offload
-
-    monkeypatch.setattr(group_offload, "transfer_to", lambda *_: SimulatedTransfer(SimulatedDevice()))
+    simulate_transfers(monkeypatch)
     return SimulatedGPU(monkeypatch, 4 * GIGABYTE, RESERVE, LEAST_FREE)
 
 
@@ -46,7 +44,7 @@ def load(*patchers: Any) -> None:
 
 def computing(patcher: Any, size: int = 8) -> int:
     """Bytes with two images of that size in the latent, and what the simulated GPU keeps in reserve."""
-    needed = patcher.memory_required([2, patcher.model.latent_format.latent_channels, size, size])
+    needed = patcher.model.memory_required([2, patcher.model.latent_format.latent_channels, size, size])
     return int(max(needed, LEAST_FREE)) + RESERVE
 
 

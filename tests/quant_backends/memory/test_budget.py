@@ -101,17 +101,17 @@ def test_report() -> None:
     sampling = Stage("Sampling", flux(), 2 * GIGABYTE, "1024 × 1024")
     encoding = Stage("Text encoding", Component("text encoders", "F16", 5 * GIGABYTE), GIGABYTE)
     assert report_of(plan_budget(8 * GIGABYTE, GIGABYTE // 2, [encoding, sampling])) == [
-        "Memory budget: 8.00 GB of GPU memory.",
+        "Memory budget: 8.0 GB of GPU memory.",
         "",
-        "Text encoding: 6.50 GB at most",
-        "  text encoders (F16)    5.00 GB  stays on the GPU",
-        "  computing              1.00 GB",
-        "  reserve                0.50 GB  for the desktop and other programs",
+        "Text encoding: 6.5 GB at most",
+        "  text encoders (F16)    5.0 GB  stays on the GPU",
+        "  computing              1.0 GB",
+        "  reserve                0.5 GB  for the desktop and other programs",
         "",
-        "Sampling: 8.00 GB at most",
-        "  model (Flux, Q8_0)    5.50 GB  streamed, of 12.00 GB",
-        "  computing             2.00 GB  1024 × 1024",
-        "  reserve               0.50 GB  for the desktop and other programs",
+        "Sampling: 8.0 GB at most",
+        "  model (Flux, Q8_0)    5.5 GB  streamed, of 12.0 GB",
+        "  computing             2.0 GB  1024 × 1024",
+        "  reserve               0.5 GB  for the desktop and other programs",
         "  38 of 57 blocks stay on the GPU.",
         "",
         "A budget of 14.5 GB keeps everything whole. Faster within this one: fewer bits per weight (a smaller file, "
@@ -129,8 +129,8 @@ def test_too_small_a_budget_says_what_would_do(least: int | None) -> None:
         plan_budget(2 * GIGABYTE, GIGABYTE // 2, [stage])
     needed = 6.5 if least else 17.5
     assert str(error.value).startswith(
-        f"A memory budget of 2.00 GB is too small: sampling needs at least {needed} GB, of which "
-        f"{1 if least else 12}.00 GB for the weights of model (Flux, Q8_0){' when streamed' if least else ''}, "
-        "2.00 GB for ControlNet, 3.00 GB for computing (2048 × 2048) and 0.50 GB in reserve; allow that much"
+        f"A memory budget of 2.0 GB is too small: sampling needs at least {needed} GB, of which "
+        f"{1 if least else 12}.0 GB for the weights of model (Flux, Q8_0){' when streamed' if least else ''}, "
+        "2.0 GB for ControlNet, 3.0 GB for computing (2048 × 2048) and 0.5 GB in reserve; allow that much"
     )
     plan_budget(round(needed * GIGABYTE), GIGABYTE // 2, [stage])
