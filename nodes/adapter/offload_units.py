@@ -46,7 +46,10 @@ class Place:
 
     def keep_in(self, tensors: Sequence[torch.Tensor]) -> None:
         """Lets the module keep the same weight in other memory from now on."""
-        self.original = self.over(tensors)
+        with torch.inference_mode(
+            self.original.is_inference()
+        ):  # else it could not be moved as the others are
+            self.original = self.over(tensors)
         self.module._parameters[self.name] = self.original
 
     @property
