@@ -67,9 +67,9 @@ class SnugTorchCompile(io.ComfyNode):
                     options=list(DYNAMIC),
                     default="auto",
                     tooltip=(
-                        "What happens when the image size, prompt length or batch changes. auto: compiles once more, "
-                        "then for all sizes. on: for all sizes from the start. off: for each size anew, which gives "
-                        "the fastest code."
+                        "What happens when the image size, prompt length or batch changes. auto: nothing at another "
+                        "image size or prompt length; the first batch of several compiles once more. on: every size "
+                        "may change from the start. off: compiles for each size anew, which gives the fastest code."
                     ),
                 ),
                 io.Boolean.Input(

@@ -6,12 +6,14 @@ the call returns, so a clone without the wrapper, or with other settings, shares
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from ...quant_backends.core.errors import SnugError
 from .compat import is_dynamic
 from .compile_backends import COMPILER_ERRORS, compile_options, missing_for, sentence
+from .compile_shapes import mark_block_sizes, mark_network_sizes, plain_strides
 from .compiled_layers import Opaque, opaque_layers, replaced_forwards, runs_stand_in
 
 logger = logging.getLogger("snug")
@@ -127,31 +130,30 @@ class CompiledForward:
         self.module = module
         self.wrapper = wrapper
         self.is_block = is_block
+        self.names = list(inspect.signature(type(module).forward).parameters)[1:]
         self.compiled = wrapper.compiled(type(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.wrapper.failed:
             try:
-                stable = {name: self._stable(value, name) for name, value in kwargs.items()}
-                return self.compiled(self.module, *map(self._stable, args), **stable)
+                return self._run(args, kwargs)
             except COMPILER_ERRORS as error:
                 self.wrapper.give_up(error, type(self.module).__name__)
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _stable(self, value: Any, name: str = "") -> Any:
-        """An argument with what never matters, or never changes, made so for the compiler too.
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        named = [*zip_longest(self.names[: len(args)], args, fillvalue=""), *kwargs.items()]
+        stable = [(name, self._stable(name, value)) for name, value in named]
+        if self.wrapper.settings.dynamic == "auto":
+            (mark_block_sizes if self.is_block else mark_network_sizes)(stable)
+        positional = [value for _, value in stable[: len(args)]]
+        return self.compiled(self.module, *positional, **dict(stable[len(args) :]))
 
-        Activations are [batch, features] or [batch, tokens, features].
-        """
+    def _stable(self, name: str, value: Any) -> Any:
+        """An argument with what never matters, or never changes, made so for the compiler too."""
         if name == "transformer_options":
             return _traceable_options(value, self.is_block)
-        if not isinstance(value, torch.Tensor) or value.dim() not in (2, 3):
-            return value
-        if self.is_block and value.stride(-1) != 1:
-            value = value.contiguous()  # a view for the first block alone, which would be compiled for it
-        if self.wrapper.settings.dynamic == "auto":
-            torch._dynamo.mark_static(value, value.dim() - 1)
-        return value
+        return plain_strides(value) if self.is_block and isinstance(value, torch.Tensor) else value
 
 
 def _traceable_options(options: dict[str, Any], is_block: bool) -> dict[str, Any]:

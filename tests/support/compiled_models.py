@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from workflows import SETUPS
 
 
 @pytest.fixture(autouse=True)
@@ -26,29 +27,48 @@ def compiled(patcher: Any, **settings: Any) -> Any:
 
 
 # Family: width of the context, of the pooled text, channels of the latent.
-CONDITIONS = {"sd3": (4096, 2048, 16), "flux": (512, 768, 16), "sd15": (768, 0, 4), "wan": (4096, 0, 16)}
+CONDITIONS = {"sd3": (4096, 2048, 16), "flux": (512, 768, 16), "sd15": (768, 0, 4)}
+# What makes the latent of a family [batch, channels, frames, height, width].
+FRAMES = {"wan": 2, "hunyuan_video": 2, "ltxv": 2, "qwen_image": 1}
 
 
-def predict(patcher: Any, family: str, side: int = 8, tokens: int = 77, batch: int = 1, seed: int = 7) -> Any:
-    """One prediction with the options that ComfyUI's sampler gives, however the model is loaded at the moment."""
+def predict(
+    patcher: Any,
+    family: str,
+    side: int = 8,
+    tokens: int = 77,
+    batch: int = 1,
+    seed: int = 7,
+    height: int | None = None,
+) -> Any:
+    """One prediction with the options that ComfyUI's sampler gives, however the model is loaded at the moment.
+
+    side: width, and height where that is not given, of the latent.
+    """
     generator = torch.Generator().manual_seed(seed)
-    width, pooled, channels = CONDITIONS[family]
+    setup = SETUPS[family]
     model = patcher.model
-    extra = {}
-    if pooled:
-        extra["y"] = torch.randn(batch, pooled, generator=generator)
-    if family == "flux":
+    extra: dict[str, Any] = {}
+    if setup.pooled:
+        width = model.adm_channels if family == "sdxl" else setup.pooled
+        extra["y"] = torch.randn(batch, width, generator=generator)
+    if family in ("flux", "hunyuan_video"):
         extra["guidance"] = torch.full((batch,), 3.5)
+    if setup.attention_mask:
+        extra["attention_mask"] = torch.ones(batch, tokens, dtype=torch.int64)
+    if family == "lumina2":
+        extra["num_tokens"] = tokens
     sigma = model.model_sampling.sigma_max * torch.full((batch,), 0.5)
     options = dict(patcher.model_options["transformer_options"])
     options.update(sigmas=sigma, sample_sigmas=sigma, cond_or_uncond=list(range(batch)), uuids=[object()])
     options["wrappers"] = patcher.wrappers
-    frames = (1,) if family == "wan" else ()
+    sizes = [FRAMES[family]] if family in FRAMES else []
+    shape = (batch, model.latent_format.latent_channels, *sizes, height or side, side)
     with torch.inference_mode():  # as ComfyUI runs every node
         return model.apply_model(
-            torch.randn(batch, channels, *frames, side, side, generator=generator),
+            torch.randn(shape, generator=generator),
             sigma,
-            c_crossattn=torch.randn(batch, tokens, width, generator=generator),
+            c_crossattn=torch.randn(batch, tokens, setup.embedding[1], generator=generator),
             transformer_options=options,
             **extra,
         )

@@ -67,20 +67,6 @@ def test_lora_and_memory_compile_nothing(format: str, load: Any, model: Any) -> 
     assert torch.equal(predict(patcher, "sd3"), first), "removing the LoRA must restore the output exactly"
 
 
-@pytest.mark.slow
-def test_sizes_compile_once_more(sd3: Any) -> None:
-    plain, _ = sd3
-    patcher = compiled(plain)
-    load_whole(patcher)
-    changes = [{}, {"side": 12}, {"tokens": 154}, {"batch": 2}]
-    for change in changes:
-        with compiles(KINDS_OF_SD3):
-            output = predict(patcher, "sd3", **change)
-        assert torch.allclose(output, predict(plain, "sd3", **change), atol=TOLERANCE)
-    with compiles(0):
-        predict(patcher, "sd3", side=20, tokens=100, batch=4)
-
-
 FAMILIES = [("flux", "Q4_K"), ("flux", "nf4"), ("flux", "dense"), ("sd15", "Q8_0"), ("sd15", "dense")]
 
 
@@ -105,8 +91,6 @@ def test_families(family: str, format: str, scope: str, load: Any) -> None:
     with compiles(0):
         load_part(patcher, patcher.model_size() // 2)
         assert torch.allclose(predict(patcher, family), fast, atol=TOLERANCE)
-    with compiles(1):
-        predict(patcher, family, side=12)
 
 
 @pytest.mark.slow
