@@ -85,7 +85,7 @@ class FusedProjections:
 
     def _worthwhile(self, x: torch.Tensor) -> bool:
         """On a CPU large weights are better decoded and multiplied tile by tile, each layer for itself."""
-        if not all(is_packed(layer.weight) for layer in self.layers):
+        if not all(map(_decodes, self.layers)):
             return False
         weights = sum(layer.out_features for layer in self.layers) * self.layers[0].in_features
         return x.device.type != "cpu" or weights <= CPU_TILE
@@ -108,6 +108,12 @@ class FusedProjections:
                 biases.append(x.new_zeros(len(part)) if bias is None else bias.clone())
         bias = torch.cat(biases) if any(layer.bias is not None for layer in self.layers) else None
         return F.linear(x, joint, bias).split(rows, -1)
+
+
+def _decodes(layer: PackedLinear) -> bool:
+    """Whether the layer decodes its weight for each call; LoRA beside the weight or kept merged are other ways."""
+    patches = layer.weight_patches
+    return is_packed(layer.weight) and (patches is None or (patches.branch is None and patches.kept is None))
 
 
 def find_projections(network: torch.nn.Module) -> Iterator[FusedProjections]:

@@ -7,7 +7,7 @@ another forward when ComfyUI calls the model and lose it when the call returns, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +22,9 @@ from .loading import COMPUTE_DTYPES
 from .precision_islands import Island, find_islands
 
 WRAPPER_KEY = "snug_precision"
+# What lets ComfyUI's layers cast their weights to their input; the second is newer ComfyUI's, for its quantized layers.
+CAST_FLAGS = ("comfy_cast_weights", "comfy_force_cast_weights")
+_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -43,13 +46,14 @@ def set_precision(patcher: Any, settings: PrecisionSettings) -> tuple[Any, str]:
     set_attention(clone, settings.attention_backend, settings.attention_slicing)
     chosen = COMPUTE_DTYPES[settings.compute_dtype]
     dtype = chosen or _compute_dtype(patcher)
-    wrapper = PrecisionWrapper(settings.fp32_islands, settings.fuse_qkv)
+    if chosen is not None:
+        # Core's set_model_compute_dtype also lets layers cast for good, and then takes them for offloaded ones whose
+        # LoRA it need not look at: the wrapper lets them cast instead.
+        clone.add_object_patch("manual_cast_dtype", chosen)
+    wrapper = PrecisionWrapper(settings, "manual_cast_dtype" in clone.object_patches)
     parts = wrapper.parts_of(clone.model)
-    if chosen is not None or (parts.islands and dtype in HALVES):
-        # Also lets layers cast their weights to their input: those built for one dtype do not otherwise.
-        clone.set_model_compute_dtype(dtype)
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
-    if parts.islands or parts.projections:
+    if any(parts):
         clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, wrapper)
     return clone, _report(settings, dtype, parts)
 
@@ -72,76 +76,82 @@ def _report(settings: PrecisionSettings, dtype: torch.dtype, parts: _Parts) -> s
 
 
 class _Parts(NamedTuple):
-    """Of one model."""
+    """Of one model. casting: layers whose input may have another dtype than their weights."""
 
     islands: list[Island]
     projections: list[FusedProjections]
+    casting: list[torch.nn.Module]
 
 
 class PrecisionWrapper:
-    """The APPLY_MODEL wrapper of one node."""
+    """The APPLY_MODEL wrapper of one node. casts: whether the model calculates in another dtype than by itself."""
 
-    def __init__(self, islands: bool, projections: bool) -> None:
-        self._islands = islands
-        self._projections = projections
+    def __init__(self, settings: PrecisionSettings, casts: bool) -> None:
+        self._settings = settings
+        self._casts = casts
         # By model, since clones can carry the wrapper to another one (a copy, another GPU).
         self._parts: weakref.WeakKeyDictionary[torch.nn.Module, _Parts] = weakref.WeakKeyDictionary()
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        model = executor.class_obj
         others = executor.wrappers[executor.idx + 1 :]
         if others:  # innermost: what torch.compile puts in place of the layers must be there already
-            model = executor.class_obj
             inner = WrapperExecutor.new_class_executor(executor.original, model, [*others, self])
             return inner.execute(*args, **kwargs)
-        model = executor.class_obj
         parts = self.parts_of(model)
         islands = parts.islands if (model.manual_cast_dtype or model.get_dtype()) in HALVES else []
-        with _fused(parts.projections), _raised(islands):
-            return executor(*args, **kwargs)
+        casting = ((layer, name, True) for layer in parts.casting for name in CAST_FLAGS)
+        try:
+            with _attributes(casting), _attributes(_fused(parts.projections)), _attributes(_raised(islands)):
+                return executor(*args, **kwargs)
+        finally:
+            for group in parts.projections:
+                group.forget()
 
     def parts_of(self, model: Any) -> _Parts:
         if model not in self._parts:
-            network = model.diffusion_model
-            islands = [Island(*found) for found in find_islands(network)] if self._islands else []
-            projections = list(find_projections(network)) if self._projections else []
-            self._parts[model] = _Parts(islands, projections)
+            network, settings = model.diffusion_model, self._settings
+            islands = [Island(*found) for found in find_islands(network)] if settings.fp32_islands else []
+            projections = list(find_projections(network)) if settings.fuse_qkv else []
+            around = [network] if self._casts else [island.layer for island in islands]
+            casting = [layer for part in around for layer in part.modules() if hasattr(layer, CAST_FLAGS[0])]
+            self._parts[model] = _Parts(islands, projections, casting)
         return self._parts[model]
 
 
-@contextmanager
-def _raised(islands: list[Island]) -> Iterator[None]:
+# (module, name of an attribute, its value for the time of a call)
+_Change = tuple[Any, str, Any]
+
+
+def _raised(islands: list[Island]) -> Iterator[_Change]:
     """Lets layers calculate in float32, around whatever their forward is at the moment."""
-    replaced: list[tuple[Any, Any]] = []
-    try:
-        for island in islands:
-            attributes = island.layer.__dict__
-            if getattr(attributes.get("forward"), "__self__", None) is island:
-                continue  # another thread calls this model as well
-            replaced.append((attributes, attributes.get("forward")))
-            island.eager = island.layer.forward
-            attributes["forward"] = island.forward
-        yield
-    finally:
-        for attributes, previous in reversed(replaced):
-            if previous is None:
-                del attributes["forward"]
-            else:
-                attributes["forward"] = previous
+    for island in islands:
+        forward = island.layer.forward
+        if getattr(forward, "__self__", None) is not island:  # else another thread calls this model as well
+            island.eager = forward
+            yield island.layer, "forward", island.forward
+
+
+def _fused(groups: list[FusedProjections]) -> Iterator[_Change]:
+    """Lets groups multiply as one, except where a compiler or another node has given a layer its own forward."""
+    for group in groups:
+        if not any("forward" in layer.__dict__ for layer in group.layers):
+            for index, layer in enumerate(group.layers):
+                yield layer, "forward", fused_forward(group, index)
 
 
 @contextmanager
-def _fused(groups: list[FusedProjections]) -> Iterator[None]:
-    """Lets groups multiply as one, except where a compiler or another node has given a layer its own forward."""
-    replaced: list[Any] = []
-    groups = [group for group in groups if not any("forward" in layer.__dict__ for layer in group.layers)]
+def _attributes(changes: Iterable[_Change]) -> Iterator[None]:
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for group in groups:
-            for index, layer in enumerate(group.layers):
-                layer.__dict__["forward"] = fused_forward(group, index)
-                replaced.append(layer)
+        for module, name, value in changes:
+            attributes = module.__dict__
+            replaced.append((attributes, name, attributes.get(name, _ABSENT)))
+            attributes[name] = value
         yield
     finally:
-        for layer in replaced:
-            del layer.__dict__["forward"]
-        for group in groups:
-            group.forget()
+        for attributes, name, previous in reversed(replaced):
+            if previous is _ABSENT:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = previous
