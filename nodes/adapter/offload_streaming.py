@@ -94,6 +94,10 @@ class Streaming:
         self._in_slots.clear()
         return True
 
+    def prefetch(self) -> None:
+        """Starts the copies for the first blocks, before they are asked for."""
+        self._offload.prefetch()
+
     # ---- around a unit ---------------------------------------------------------------------------------------
 
     def before(self, index: int) -> None:

@@ -33,8 +33,9 @@ class Place:
         """Its plain tensors: itself, or the codes and scales of a quantized weight."""
         return _plain_tensors(self.original) or ()
 
+    @torch.inference_mode(False)
     def over(self, tensors: Sequence[torch.Tensor]) -> torch.nn.Parameter:
-        """The same weight in other memory."""
+        """The same weight in other memory; an ordinary tensor, in and out of inference mode."""
         weight: Any = self.original
         if not isinstance(weight, QuantizedTensor):
             return torch.nn.Parameter(tensors[0], requires_grad=False)

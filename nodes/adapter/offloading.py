@@ -97,6 +97,7 @@ class Offloading:
 
             streaming = self._streams[model] = Streaming(model, units, plan, transfer, on_copied)
         streaming.install()
+        streaming.prefetch()
         return streaming.slot_bytes
 
     def streaming(self, model: torch.nn.Module) -> Streaming | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from quantized_files import KINDS, quantized_twins
 from snug_path import ROOT
 from tiny import make_tiny_lora, make_tiny_model, use_comfyui
 from twins import make_twins
-from workflows import Lora, build_workflow, saved_latent, with_casting
+from workflows import Lora, build_workflow, saved_latent, with_casting, with_offload
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,7 +44,9 @@ def server(
 def sample(
     request: pytest.FixtureRequest, server: ComfyServer, comfyui_path: Path
 ) -> Callable[..., torch.Tensor]:
-    """sample("snug" or "dense", LoRAs) of a tiny Flux in one format, cast to float8 behind the node `cast_after`."""
+    """sample("snug" or "dense", LoRAs) of a tiny Flux in one format, cast to float8 behind the node `cast_after`,
+    streamed behind `offload_after`.
+    """
     use_comfyui(comfyui_path)
     models = server.base / "models"
     (models / "loras").mkdir(parents=True, exist_ok=True)
@@ -55,10 +58,14 @@ def sample(
     pair = write(source, models / "diffusion_models", request.param)
     files = {"snug": pair.gguf.name, "dense": pair.dense.name}
 
-    def run(loader: str, *loras: Lora, cast_after: str = "") -> torch.Tensor:
+    def run(
+        loader: str, *loras: Lora, cast_after: str = "", offload_after: str = "", **settings: Any
+    ) -> torch.Tensor:
         workflow = build_workflow("flux", loader, files[loader], loras=loras, compute_dtype="bf16")  # type: ignore[arg-type]
         if cast_after:
             with_casting(workflow, cast_after)
+        if offload_after:
+            with_offload(workflow, offload_after, **settings)
         return saved_latent(server, server.run(workflow))
 
     return run
@@ -88,3 +95,25 @@ def test_layerwise_casting_on_either_side_of_a_lora(sample: Callable[..., torch.
     assert (before - after).norm() < 0.02 * after.norm()
     assert ((before - cast) - (with_lora - plain)).norm() < 0.3 * (with_lora - plain).norm()
     assert torch.equal(sample("dense"), plain)
+
+
+@pytest.mark.parametrize("loader", ["snug", "dense"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"level": "single layers"},
+        {"prefetch": "0", "pin_memory": False},
+        {"blocks_per_group": 2},
+        {"offload_to": "disk"},
+    ],
+    ids=["blocks", "layers", "pageable", "groups", "disk"],
+)
+def test_streamed_blocks(sample: Callable[..., torch.Tensor], loader: str, settings: dict[str, Any]) -> None:
+    lora = ("lora.safetensors", 1.0)
+    plain, with_lora = sample(loader), sample(loader, lora)
+    for _ in range(2):
+        assert torch.equal(sample(loader, offload_after="model", **settings), plain)
+    streamed = sample(loader, lora, offload_after="lora_0", **settings)
+    assert ((streamed - plain) - (with_lora - plain)).norm() < 0.05 * (with_lora - plain).norm()
+    assert torch.equal(sample(loader), plain)

@@ -146,19 +146,28 @@ def _image(setup: SamplingSetup, output: str) -> Workflow:
     }
 
 
-def with_casting(workflow: Workflow, after: str, **settings: Any) -> Workflow:
-    """The workflow with layerwise casting behind the node `after`; the report is in outputs["report"]["text"]."""
+def with_node(workflow: Workflow, after: str, name: str, class_type: str, **inputs: Any) -> Workflow:
+    """The workflow with a node MODEL -> MODEL, report behind `after`; the report is in outputs["report"]["text"]."""
     for node in workflow.values():
-        for name, value in node["inputs"].items():
-            if name == "model" and value == [after, 0]:
-                node["inputs"][name] = ["casting", 0]
-    inputs = {"storage_dtype": "float8_e4m3fn per row", "compute_dtype": "auto", "skip_patterns": "default"}
-    workflow["casting"] = {
-        "class_type": "SnugLayerwiseCasting",
-        "inputs": {"model": [after, 0], **inputs, **settings},
-    }
-    workflow["report"] = {"class_type": "PreviewAny", "inputs": {"source": ["casting", 1]}}
+        for key, value in node["inputs"].items():
+            if key == "model" and value == [after, 0]:
+                node["inputs"][key] = [name, 0]
+    workflow[name] = {"class_type": class_type, "inputs": {"model": [after, 0], **inputs}}
+    workflow["report"] = {"class_type": "PreviewAny", "inputs": {"source": [name, 1]}}
     return workflow
+
+
+def with_casting(workflow: Workflow, after: str, **settings: Any) -> Workflow:
+    """With layerwise casting behind the node `after`."""
+    inputs = {"storage_dtype": "float8_e4m3fn per row", "compute_dtype": "auto", "skip_patterns": "default"}
+    return with_node(workflow, after, "casting", "SnugLayerwiseCasting", **{**inputs, **settings})
+
+
+def with_offload(workflow: Workflow, after: str, **settings: Any) -> Workflow:
+    """With group offloading behind the node `after`."""
+    inputs = {"limit_gb": 0.0, "level": "blocks", "blocks_per_group": 1, "prefetch": "auto"}
+    more = {"pin_memory": True, "offload_to": "CPU memory"}
+    return with_node(workflow, after, "offload", "SnugGroupOffload", **{**inputs, **more, **settings})
 
 
 def saved_latent(server: ComfyServer, outputs: dict[str, Any]) -> torch.Tensor:

@@ -91,6 +91,16 @@ def test_weights_in_memory_are_not_held_twice(
     assert torch.equal(model.run(patcher, load=True), wanted)
 
 
+def test_weights_are_ordinary_tensors(sd3: Any, model: Any) -> None:
+    """ComfyUI runs nodes in inference mode; nodes that train leave it."""
+    streamed = offloaded(sd3[1])
+    with torch.inference_mode():
+        model.run(streamed, load=True)
+    assert not any(parameter.is_inference() for parameter in streamed.model.parameters())
+    slots = streamed.offloading.streaming(streamed.model)._in_slots.values()
+    assert slots and not any(parameter.is_inference() for found in slots for parameter in found)
+
+
 def comfy_unload() -> None:
     import comfy.model_management
 
