@@ -40,11 +40,11 @@ def requantize(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
 
 def _is_int8_rows(fmt: object) -> bool:
     """int8 with a scale for each row: bitsandbytes' LLM.int8, quanto's qint8 and torchao's int8."""
-    return isinstance(fmt, ScaledElements) and (fmt.stored, fmt.block, fmt.zero) == ("int8", (1, 0), False)
+    return isinstance(fmt, ScaledElements) and (fmt.stored, fmt.block) == ("int8", (1, 0))
 
 
 def _int8_rows(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
-    """Rounded to the nearest of 255 steps between plus and minus the largest magnitude of the row."""
+    """Rounded to the nearest of 255 steps between plus and minus the largest magnitude of the row; zero points are 0."""
     scale = like.parts["scale"]
     matrix = values.reshape(len(values), -1)
     largest = matrix.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * 127)
@@ -52,4 +52,6 @@ def _int8_rows(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
     part = (largest if scb else largest / 127).to(scale.dtype)
     step = part.float() / 127 if scb else part.float()
     data = (matrix / step).round_().clamp_(-127, 127).to(torch.int8)
-    return PackedTensor(data.view(values.shape), like.format, like.shape, {"scale": part.view_as(scale)})
+    parts = {name: torch.zeros_like(found) for name, found in like.parts.items() if name == "zero"}
+    parts["scale"] = part.view_as(scale)
+    return PackedTensor(data.view(values.shape), like.format, like.shape, parts)
