@@ -44,13 +44,15 @@ def _is_int8_rows(fmt: object) -> bool:
 
 
 def _int8_rows(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
-    """Rounded to the nearest of 255 steps between plus and minus the largest magnitude of the row; zero points are 0."""
+    """Rounded to the nearest of 255 steps between plus and minus the largest magnitude of a row; zero points are 0."""
     scale = like.parts["scale"]
     matrix = values.reshape(len(values), -1)
-    largest = matrix.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny * 127)
+    largest = matrix.abs().amax(1, keepdim=True)
     scb = isinstance(like.format, ScaledElements) and like.format.scb
     part = (largest if scb else largest / 127).to(scale.dtype)
     step = part.float() / 127 if scb else part.float()
+    # Rows of zeros have no scale, or one that 16 bits cannot hold.
+    step.clamp_(min=torch.finfo(torch.float32).tiny)
     data = (matrix / step).round_().clamp_(-127, 127).to(torch.int8)
     parts = {name: torch.zeros_like(found) for name, found in like.parts.items() if name == "zero"}
     parts["scale"] = part.view_as(scale)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_files import make_adapter
 from fake_paging import fake_paging
 from safetensors.torch import load_file
 
@@ -45,6 +46,47 @@ def test_too_large_a_lora_stays_on_the_cpu(dynamic: Any, model: Any, monkeypatch
     again = model.with_lora(dynamic, model.make_lora(dynamic.model, 2))
     again.partially_load(again.load_device)
     assert {module.weight_patches.device for _, module in model.packed_modules(again.model)} == {None}
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_lora_modes_on_the_device(
+    cache: bool, dynamic: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors of a branch, and what is kept merged, are counted on the device until ComfyUI wants the memory."""
+    import comfy.model_management
+    import comfy.sd
+    from snug.nodes.adapter.lora_mode import set_lora_mode
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 8 << 30)
+    before = dynamic.model.model_loaded_weight_memory
+    clone, _ = set_lora_mode(dynamic, "side branch", cache)
+    shapes = {name: tuple(layer.weight.shape) for name, layer in model.packed_modules(dynamic.model)}
+    some = {name: shape for name, shape in shapes.items() if ".mlp." in name}
+    clone, _ = comfy.sd.load_lora_for_models(clone, None, make_adapter("LoHa", some), 1.0, 0)
+    clone.partially_load(clone.load_device)
+    branches = kept = 0
+    for name, layer in model.packed_modules(clone.model):
+        patches = layer.weight_patches
+        if name in some:
+            assert patches.branch is None
+            assert (patches.kept is not None) == cache
+            kept += 0 if patches.kept is None else patches.kept.nbytes
+        else:
+            assert patches.kept is None
+            assert patches.branch.up.device == patches.branch.down.device == clone.load_device
+            assert patches.branch.shape.rank == 16, "padded to whole tiles"
+            branches += patches.branch.nbytes
+    counted = clone.model.model_loaded_weight_memory
+    assert counted - before > kept and branches
+    for _ in range(2):
+        clone.partially_load(clone.load_device)
+        assert clone.model.model_loaded_weight_memory == counted
+    if cache:
+        assert kept == sum(4 * rows * columns for rows, columns in some.values())
+        assert clone.partially_unload(torch.device("cpu"), 1) == kept
+        assert clone.model.model_loaded_weight_memory == counted - kept
+    clone.detach()
+    assert clone.model.model_loaded_weight_memory == 0
 
 
 def test_unload_lets_go_of_the_lora(dynamic: Any, model: Any) -> None:
