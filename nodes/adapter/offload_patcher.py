@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_management
 import comfy.utils
 import torch
 
 from ...quant_backends.memory.plan import size_text
-from .compat import is_dynamic
+from .compat import is_dynamic, is_low_vram_patch
 from .offload_streaming import transfer_to
 from .offload_units import is_streamed, mark_streamed, other_bytes
 from .offloading import Offloading
+from .patches import WeightPatches, adapter_bytes
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher as _Base
@@ -84,16 +86,42 @@ class OffloadPatcher(_Base):
             if any(getattr(layer, "comfy_patched_weights", False) for layer in layers):
                 super().partially_unload(self.offload_device, WHOLE)  # another clone has loaded them
             super().load(device_to, 0, force_patch_weights, False, **options)
+        self.offloading.loaded_by = id(self)
+        slots = self.offloading.stream(self.model, units, plan, self.load_device)
         with self._showing(layers, False):
-            slots = plan.slots * plan.slot_bytes
             memory = WHOLE if full_load else max(lowvram_model_memory - slots, 1)
             super().load(device_to, memory, force_patch_weights, False, **options)
         self._load_loose_parameters(layers)
         self.model.model_lowvram = True
-        self.offloading.loaded_by = id(self)
-        slots = self.offloading.stream(self.model, units, plan, self.load_device)
-        self.model.model_loaded_weight_memory += slots
+        self.model.model_loaded_weight_memory += slots + self._load_patches(layers)
         return None
+
+    def _attach_patches(self, *args: Any) -> None:
+        """Patches of packed layers: once, when everything is loaded."""
+        if self._shown is None or not self._shown[1]:
+            super()._attach_patches(*args)  # type: ignore[misc]
+
+    def _load_patches(self, layers: set[torch.nn.Module]) -> int:
+        """LoRA factors of streamed layers that are not packed, on the device where there is room; returns their bytes.
+
+        ComfyUI copies them whenever they are used, which would wait for the groups of weights that are on their way.
+        """
+        found = [
+            (patched, number, function)
+            for layer in layers
+            for patched in (getattr(layer, "weight_function", []), getattr(layer, "bias_function", []))
+            for number, function in enumerate(patched)
+            if is_low_vram_patch(function) and getattr(function, "set_func", None) is None
+        ]
+        if found and self.load_device.type != "cpu":
+            free = comfy.model_management.get_free_memory(self.load_device)
+            needed = sum(adapter_bytes(self.patches[function.key]) for _, _, function in found)
+            if needed < free - comfy.model_management.minimum_inference_memory():
+                for patched, number, function in found:
+                    patches = self.patches[function.key]
+                    patched[number] = WeightPatches(function.key, patches, self.load_device)
+        functions = (function for layer in layers for function in getattr(layer, "weight_function", []))
+        return sum(function.nbytes for function in functions if isinstance(function, WeightPatches))
 
     def _load_loose_parameters(self, streamed: set[torch.nn.Module]) -> None:
         """Parameters beside layers in one module, which core moves only where it loads everything."""

@@ -109,6 +109,7 @@ class Offloading:
             streaming.close()
 
 
+@torch.inference_mode(False)
 def move_to_disk(places: Sequence[Place]) -> None:
     """Puts weights that come from no file into one in ComfyUI's temporary folder. Raises SnugError when it is full."""
     file_backed = FileBacked()

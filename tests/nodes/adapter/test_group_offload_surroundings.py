@@ -199,6 +199,31 @@ def test_saving_a_streamed_model_with_a_lora(sd3: Any, model: Any, tmp_path: Pat
             assert torch.allclose(saved[0][name], value, atol=1e-6), name
 
 
+def test_lora_of_plain_layers_waits_on_the_device(
+    sd3: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copying it for each layer would wait behind the group that is on its way. The meta device stands for a GPU."""
+    import comfy.model_management
+
+    lora = model.make_lora(sd3[0].model, 1)
+    streamed = model.with_lora(offloaded(sd3[1]), lora)
+    model.run(streamed, load=True)
+    units = streamed.offloading.units(streamed.model)
+    layers = {place.module for unit in units for place in unit.places}
+    names = {name for name, layer in streamed.model.named_modules() if layer in layers}
+    patched = [name for name in names if f"{name}.weight" in streamed.patches]
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 8 << 30)
+    streamed.load_device = torch.device("meta")
+    nbytes = streamed._load_patches(layers)
+    assert nbytes == sum(
+        lora[f"{name}.lora_{part}.weight"].nbytes for name in patched for part in ("up", "down")
+    )
+    for name in patched:
+        (function,) = streamed.model.get_submodule(name).weight_function
+        assert {weight.device.type for weight in function.patches[0][1].weights[:2]} == {"meta"}
+    monkeypatch.undo()
+
+
 def test_cancelling_while_weights_are_copied(sd3: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import comfy.model_management as management
 
