@@ -123,16 +123,23 @@ class OpaqueWeights(Opaque):
         self.weight_shape = None if layer.weight is None else list(layer.weight.shape)
         self.bias_shape = None if layer.bias is None else list(layer.bias.shape)
 
-    def weights(self, input: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if self.weight_shape is None:
+    def weights(
+        self, input: torch.Tensor, weight_shape: list[int] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        shape = weight_shape or self.weight_shape
+        if shape is None:
             return None, None
-        found = torch.ops.snug.layer_weights.default(input, self.number, self.weight_shape, self.bias_shape)
+        found = torch.ops.snug.layer_weights.default(input, self.number, shape, self.bias_shape)
         return found[0], found[1] if len(found) == 2 else None
 
 
 class OpaqueConv(OpaqueWeights):
     def forward(self, input: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        return self.layer._conv_forward(input, *self.weights(input), *args, **options)
+        layer = self.layer
+        # LoRAs for inpainting and the like add channels to the weight, and to the input with it.
+        channels = input.shape[-1 - len(layer.kernel_size)] // layer.groups
+        weights = self.weights(input, [layer.out_channels, channels, *layer.kernel_size])
+        return layer._conv_forward(input, *weights, *args, **options)
 
 
 class OpaqueLayerNorm(OpaqueWeights):

@@ -40,15 +40,16 @@ def predict(
     batch: int = 1,
     seed: int = 7,
     height: int | None = None,
+    **conditions: Any,
 ) -> Any:
     """One prediction with the options that ComfyUI's sampler gives, however the model is loaded at the moment.
 
-    side: width, and height where that is not given, of the latent.
+    side: width, and height where that is not given, of the latent. conditions: more that nodes add to the prompt.
     """
     generator = torch.Generator().manual_seed(seed)
     setup = SETUPS[family]
     model = patcher.model
-    extra: dict[str, Any] = {}
+    extra = dict(conditions)
     if setup.pooled:
         width = model.adm_channels if family == "sdxl" else setup.pooled
         extra["y"] = torch.randn(batch, width, generator=generator)

@@ -75,7 +75,7 @@ def test_whole_models_compile_at_most_once_by_size(family: str, load: Any) -> No
         check(plain, patcher, family, 1, **sizes)
     check(plain, patcher, family, 0, **SIZES[0])
     if family not in SIZES_IN_CODE:
-        check(plain, patcher, family, 0, side=18)
+        check(plain, patcher, family, 0, side=20)
 
 
 @pytest.mark.slow
