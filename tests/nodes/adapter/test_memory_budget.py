@@ -113,15 +113,28 @@ def test_unused_models_make_way(sd3: Any, sd15: Any, gpu: SimulatedGPU, model: A
 
 
 def test_models_that_are_used_together_stay(sd3: Any, sd15: Any, gpu: SimulatedGPU) -> None:
-    (_, used), (_, other) = sd3, sd15
-    gpu.holds(used, other)
+    (unused, used), (_, other) = sd3, sd15
+    gpu.holds(unused, used, other)
     budgeted = apply(used.model_size() + computing(used), used)[0].model
-    load(other)
     for models in ([budgeted, other], [other, budgeted]):
+        for patcher in (unused, other):
+            load(patcher)
         load(*models)
-        assert gpu.used == used.model_size() + other.model_size()
-    load(budgeted)
-    assert other.loaded_size() == 0
+        assert budgeted.loaded_size() == used.model_size()
+        assert other.loaded_size() == other.model_size()
+        load(budgeted)
+        assert other.loaded_size() == unused.loaded_size() == 0
+
+
+def test_lora_takes_of_the_budget(sd3: Any, gpu: SimulatedGPU, model: Any) -> None:
+    packed, _ = sd3
+    gpu.holds(packed)
+    lora = model.make_lora(packed.model, 1)
+    nbytes = sum(tensor.nbytes for tensor in lora.values())
+    budget = packed.model_size() + computing(packed) + nbytes
+    assert "streamed" not in apply(budget, model.with_lora(packed, lora))[1]
+    report = apply(budget - nbytes // 2, model.with_lora(packed, lora))[1]
+    assert "LoRA  " in report and "streamed" in report
 
 
 def test_clones_and_copies_keep_to_it(sd3: Any, sd15: Any, gpu: SimulatedGPU, model: Any) -> None:

@@ -81,8 +81,29 @@ def test_controlnets_take_of_the_budget(sd15: Any, gpu: SimulatedGPU, tmp_path: 
     models.model.add_wrapper(WrappersMP.APPLY_MODEL, watch)
     assert torch.equal(sample(models.model, control), wanted)
     assert used and control.control_model_wrapped.model_size() < max(used) <= weights
-    with pytest.raises(SnugError, match=r"MB|GB for ControlNet"):
+    with pytest.raises(SnugError, match="MB for ControlNet"):
         apply(control.control_model_wrapped.model_size() + LEAST_FREE, dense, control_net=control)
+    control.inference_memory_requirements = lambda _dtype: GIGABYTE
+    with pytest.raises(SnugError, match="1.0 GB for computing"):
+        apply(budget, dense, control_net=control)
+
+
+def test_controlnets_do_not_count_twice(sd3: Any, sd15: Any, gpu: SimulatedGPU, tmp_path: Path) -> None:
+    """While it is loaded, a ControlNet's part of the budget is its own, and the rest is that of other models."""
+    import comfy.model_management
+    from snug.nodes.adapter.controlnets import load_controlnet
+
+    save_file(classic_controlnet(), tmp_path / "control.safetensors")
+    control = load_controlnet(str(tmp_path / "control.safetensors"))
+    (_, dense), (other, _) = sd15, sd3
+    network = control.control_model_wrapped
+    gpu.holds(dense, network, other)
+    weights = dense.model_size() + network.model_size() + other.model_size()
+    model = apply(weights + LEAST_FREE + RESERVE, dense, control_net=control)[0].model
+    for models in ([model, network], [network, model]):
+        comfy.model_management.load_models_gpu([other])
+        comfy.model_management.load_models_gpu(models)
+        assert gpu.used == weights
 
 
 def test_sampling_at_a_larger_size_says_so(
@@ -153,6 +174,19 @@ def test_decoding_is_planned(sd15: Any, vae: Any, gpu: SimulatedGPU) -> None:
     assert models.vae.snug_room == pytest.approx(room, abs=2)
     models, report = apply(2 * budget, packed, size=256, vae=vae)
     assert "tiles" not in report
+
+
+def test_pictures_and_sound_together(sd15: Any, gpu: SimulatedGPU) -> None:
+    from comfy.nested_tensor import NestedTensor
+    from snug.nodes.adapter.memory_budget import ImageSize, Models, apply_budget
+
+    packed, _ = sd15
+    gpu.holds(packed)
+    samples = NestedTensor([torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 20)])
+    report = apply_budget(8, Models(packed), ImageSize(64, 64, 1), {"samples": samples})[1]
+    assert "latent of 1 × 4 × 8 × 8 and 1 × 4 × 20" in report
+    needed = int(packed.model.memory_required([2, 1, 4 * 64 + 4 * 20]))
+    assert needed > LEAST_FREE and f"{needed / MEGABYTE:.1f} MB  latent of" in report
 
 
 def test_models_on_other_devices_are_left_alone(sd15: Any, vae: Any, gpu: SimulatedGPU) -> None:
