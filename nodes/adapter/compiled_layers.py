@@ -33,6 +33,16 @@ def _linear_shape(x: torch.Tensor, number: torch.Tensor, features: int) -> torch
 
 
 @torch.compiler.disable
+def _rows(ids: torch.Tensor, number: torch.Tensor, features: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of the table in layer `number`, for ids [...]; returns [..., features] in `dtype`."""
+    return _in_use[int(number)].eager(ids, out_dtype=dtype).to(dtype).contiguous()
+
+
+def _rows_shape(ids: torch.Tensor, number: torch.Tensor, features: int, dtype: torch.dtype) -> torch.Tensor:
+    return ids.new_empty((*ids.shape, features), dtype=dtype)
+
+
+@torch.compiler.disable
 def _weight_and_bias(
     x: torch.Tensor, number: torch.Tensor, weight_shape: list[int], bias_shape: list[int] | None
 ) -> list[torch.Tensor]:
@@ -80,6 +90,9 @@ if not hasattr(torch.ops.snug, "layer_linear"):
     _library = torch.library.Library("snug", "FRAGMENT")
     _register("layer_linear(Tensor x, Tensor number, int features) -> Tensor", _linear, _linear_shape)
     _register(
+        "layer_rows(Tensor ids, Tensor number, int features, ScalarType dtype) -> Tensor", _rows, _rows_shape
+    )
+    _register(
         "layer_weights(Tensor x, Tensor number, int[] weight_shape, int[]? bias_shape) -> Tensor[]",
         _weight_and_bias,
         _weight_and_bias_shapes,
@@ -115,6 +128,16 @@ class OpaqueLinear(Opaque):
         return torch.ops.snug.layer_linear.default(input, self.number, layer.out_features)
 
 
+class OpaqueEmbedding(Opaque):
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self.dtype = layer.weight.dtype
+
+    def forward(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        width = self.layer.embedding_dim
+        return torch.ops.snug.layer_rows.default(input, self.number, width, out_dtype or self.dtype)
+
+
 class OpaqueWeights(Opaque):
     """Only the weights come from an operation; what is done with them is traced, and fused with its neighbours."""
 
@@ -142,6 +165,19 @@ class OpaqueConv(OpaqueWeights):
         return layer._conv_forward(input, *weights, *args, **options)
 
 
+class OpaqueConvTranspose(OpaqueWeights):
+    def forward(self, input: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        layer = self.layer
+        dims = len(layer.kernel_size)
+        padding = layer._output_padding(
+            input, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
+        )
+        convolve = (F.conv_transpose1d, F.conv_transpose2d)[dims - 1]
+        return convolve(
+            input, *self.weights(input), layer.stride, layer.padding, padding, layer.groups, layer.dilation
+        )
+
+
 class OpaqueLayerNorm(OpaqueWeights):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         layer = self.layer
@@ -160,7 +196,9 @@ class OpaqueRMSNorm(OpaqueWeights):
         return F.rms_norm(input, layer.normalized_shape, self.weights(input)[0], layer.eps)
 
 
-_KINDS: tuple[tuple[tuple[type, ...], type[OpaqueWeights]], ...] = (
+_KINDS: tuple[tuple[tuple[type, ...], type[Opaque]], ...] = (
+    ((torch.nn.Embedding,), OpaqueEmbedding),
+    ((torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d), OpaqueConvTranspose),
     ((torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d), OpaqueConv),
     ((torch.nn.LayerNorm,), OpaqueLayerNorm),
     ((torch.nn.GroupNorm,), OpaqueGroupNorm),

@@ -11,6 +11,7 @@ import torch
 from compiled_models import compiled, compiles, fresh_compiler, load_part, predict  # noqa: F401
 from memory_states import load_whole
 from quantized_files import KINDS
+from random_packed import random_packed
 
 TOLERANCE = 1e-5
 REGIONAL, WHOLE = "regional (repeated blocks)", "whole model"
@@ -62,6 +63,39 @@ def test_lora_that_adds_channels(sd15: Any) -> None:
             load(current)
             outputs.append(predict(current, "sd15", **(mask if changed else {})))
         assert torch.allclose(*outputs, atol=1e-4)
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "Q4_K"])
+def test_tables_and_transposed_convolutions(format: str, comfy: Any) -> None:
+    """Layers that denoisers have outside of their blocks; other weights in them compile nothing."""
+    from snug.nodes.adapter.compiled_layers import opaque_layers, replaced_forwards
+    from snug.nodes.adapter.layout import pack
+    from snug.nodes.adapter.operations import build_operations
+    from snug.nodes.adapter.packed_module import LoadSettings
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            operations: Any = build_operations(LoadSettings(on_weight=lambda nbytes: None))
+            self.table = operations.Embedding(96, 256, dtype=torch.float32)
+            self.convolution = comfy.ops.manual_cast.ConvTranspose2d(4, 8, 2, stride=2, dtype=torch.bfloat16)
+
+        def forward(self, ids: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return self.table(ids, out_dtype=torch.float16) * 2, self.table(ids) * 2, self.convolution(x)
+
+    network, data = Network(), random_packed(format, (96, 256))
+    network.table.load_state_dict({"weight": pack(data, torch.float32)})
+    inputs = torch.tensor([[1, 95, 2]]), torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    fast = torch.compile(network, backend="aot_eager", fullgraph=True)
+    for seed, graphs in ((1, 1), (2, 0)):
+        for weight in network.convolution.parameters():
+            weight.data.normal_(generator=torch.Generator().manual_seed(seed))
+        wanted = network(*inputs)
+        with replaced_forwards(opaque_layers(network)), compiles(graphs), torch.inference_mode():
+            found = fast(*inputs)
+        for value, reference in zip(found, wanted, strict=True):
+            assert value.dtype == reference.dtype
+            assert torch.allclose(value, reference, atol=TOLERANCE, equal_nan=True)
 
 
 @pytest.mark.slow
