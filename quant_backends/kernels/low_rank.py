@@ -14,6 +14,8 @@ import torch.nn.functional as F
 # How many operations take as long as moving one byte. CPU: measured by benchmarks/lora_modes.py. GPU: from data sheets
 # (16-bit matmul on tensor cores over memory bandwidth: about 160 on current desktop cards, 200 on data-center ones).
 CPU_FLOP_PER_BYTE = 10
+# A CPU without matrix units for them multiplies 16-bit numbers this many times slower than float32 (same measurement).
+CPU_HALF_COST = 3
 GPU_FLOP_PER_BYTE = 160
 # A GPU multiplies 16-bit numbers this many times faster than float32 (2 to 16 on cards since 2020).
 GPU_HALF_SPEED = 4
@@ -45,8 +47,9 @@ class LowRankShape:
         merge_bytes = self.rows * self.columns * (16 if dtype == torch.float32 else 16 + size)
         branch_bytes = tokens * size * (self.columns + 2 * self.rows)
         if on_cpu:
+            cost = 1 if dtype == torch.float32 else CPU_HALF_COST
             merge = self.merge_flop + CPU_FLOP_PER_BYTE * merge_bytes
-            return self.branch_flop(tokens) + CPU_FLOP_PER_BYTE * branch_bytes < merge
+            return cost * self.branch_flop(tokens) + CPU_FLOP_PER_BYTE * branch_bytes < merge
         slower = 1 if dtype == torch.float32 else GPU_HALF_SPEED
         merge = slower * self.merge_flop + GPU_FLOP_PER_BYTE * merge_bytes
         return self.branch_flop(tokens) + GPU_FLOP_PER_BYTE * branch_bytes < merge
