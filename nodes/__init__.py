@@ -20,6 +20,7 @@ class SnugExtension(ComfyExtension):
         from .load_text_encoders import SnugLoadTextEncoders
         from .lora_mode import SnugLoraMode
         from .memory_budget import SnugMemoryBudget
+        from .precision import SnugPrecision, SnugPrecisionCLIP, SnugPrecisionVAE
         from .torch_compile import SnugTorchCompile
 
         return [
@@ -33,6 +34,9 @@ class SnugExtension(ComfyExtension):
             SnugGroupOffload,
             SnugGroupOffloadCLIP,
             SnugTorchCompile,
+            SnugPrecision,
+            SnugPrecisionCLIP,
+            SnugPrecisionVAE,
             SnugLoraMode,
             SnugMemoryBudget,
         ]

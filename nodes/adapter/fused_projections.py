@@ -61,8 +61,8 @@ class FusedProjections:
             self.trusted = False
         self.forget()
         if not self.trusted or not self._worthwhile(x):
-            return self._alone(index, x)
-        parts = dict(enumerate(self._together(x)))
+            return self.alone(index, x)
+        parts = dict(enumerate(self.together(x)))
         result = parts.pop(index)
         self._waiting.input, self._waiting.results = x, parts
         if len(self._checked) + 1 < len(self.layers):
@@ -90,11 +90,11 @@ class FusedProjections:
         weights = sum(layer.out_features for layer in self.layers) * self.layers[0].in_features
         return x.device.type != "cpu" or weights <= CPU_TILE
 
-    def _alone(self, index: int, x: torch.Tensor) -> torch.Tensor:
+    def alone(self, index: int, x: torch.Tensor) -> torch.Tensor:
         layer = self.layers[index]
         return type(layer).forward(layer, x)
 
-    def _together(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def together(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rows = [layer.out_features for layer in self.layers]
         joint = x.new_empty((sum(rows), x.shape[-1]))
         biases = []
