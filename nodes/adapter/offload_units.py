@@ -33,24 +33,23 @@ class Place:
         """Its plain tensors: itself, or the codes and scales of a quantized weight."""
         return _plain_tensors(self.original) or ()
 
-    @torch.inference_mode(False)
     def over(self, tensors: Sequence[torch.Tensor]) -> torch.nn.Parameter:
-        """The same weight in other memory; an ordinary tensor, in and out of inference mode."""
+        """The same weight in other memory. A tensor of inference mode where the original is: modules are moved and
+        saved in the mode that they were loaded in, where quantized tensors made in the other one cannot be.
+        """
         weight: Any = self.original
-        if not isinstance(weight, QuantizedTensor):
-            return torch.nn.Parameter(tensors[0], requires_grad=False)
-        data, *parts = tensors
-        names = _tensor_fields(weight)
-        params = dataclasses.replace(weight.params, **dict(zip(names, parts, strict=True)))
-        moved = QuantizedTensor(data, weight._layout_cls, params)
-        return torch.nn.Parameter(moved, requires_grad=False)
+        with torch.inference_mode(weight.is_inference()):
+            if not isinstance(weight, QuantizedTensor):
+                return torch.nn.Parameter(tensors[0], requires_grad=False)
+            data, *parts = tensors
+            names = _tensor_fields(weight)
+            params = dataclasses.replace(weight.params, **dict(zip(names, parts, strict=True)))
+            moved = QuantizedTensor(data, weight._layout_cls, params)
+            return torch.nn.Parameter(moved, requires_grad=False)
 
     def keep_in(self, tensors: Sequence[torch.Tensor]) -> None:
         """Lets the module keep the same weight in other memory from now on."""
-        with torch.inference_mode(
-            self.original.is_inference()
-        ):  # else it could not be moved as the others are
-            self.original = self.over(tensors)
+        self.original = self.over(tensors)
         self.module._parameters[self.name] = self.original
 
     @property
