@@ -209,10 +209,10 @@ def test_what_is_computed_counts(sd3: Any, gpu: SimulatedGPU) -> None:
     assert large > small
     budget = packed.model_size() + small
     assert "streamed" not in apply(budget, packed)[1]
-    for options in ({"size": 512}, {"latent": {"samples": torch.zeros(1, 16, 64, 64)}}):
+    for latent, size in ((None, 512), ({"samples": torch.zeros(1, 16, 64, 64)}, 64)):
         with pytest.raises(SnugError, match="choose a lower resolution"):
-            apply(budget, packed, **options)
-        assert "streamed" not in apply(packed.model_size() + large, packed, **options)[1]
+            apply(budget, packed, latent, size)
+        assert "streamed" not in apply(packed.model_size() + large, packed, latent, size)[1]
     # Of other channels, as the empty latent of another model: ComfyUI makes it fit.
     assert "1 × 16 × 8 × 8" in apply(budget, packed, latent={"samples": torch.zeros(1, 4, 8, 8)}, size=512)[1]
 

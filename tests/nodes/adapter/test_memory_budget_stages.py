@@ -100,10 +100,14 @@ def test_controlnets_do_not_count_twice(sd3: Any, sd15: Any, gpu: SimulatedGPU, 
     gpu.holds(dense, network, other)
     weights = dense.model_size() + network.model_size() + other.model_size()
     model = apply(weights + LEAST_FREE + RESERVE, dense, control_net=control)[0].model
-    for models in ([model, network], [network, model]):
-        comfy.model_management.load_models_gpu([other])
-        comfy.model_management.load_models_gpu(models)
-        assert gpu.used == weights
+    comfy.model_management.load_models_gpu([other])
+    comfy.model_management.load_models_gpu([network])
+    model.partially_load(DEVICE, 1e32)  # as ComfyUI does with the second of two models that are used together
+    assert gpu.used == weights
+    model.detach()
+    comfy.model_management.load_models_gpu([other])
+    comfy.model_management.load_models_gpu([model, network])
+    assert gpu.used == weights
 
 
 def test_sampling_at_a_larger_size_says_so(
