@@ -113,12 +113,12 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
             if is_packed(weight):
                 if not self.patched():
                     return packed_linear(input, weight, bias)
-                branch = self._branch(input)
+                branch = self.branch_for(input)
                 if branch is not None:
                     return branch.add_to(packed_linear(input, weight, bias), input)
             return F.linear(input, self.weight_for(input, weight), bias)
 
-    def _branch(self, input: torch.Tensor) -> SideBranch | None:
+    def branch_for(self, input: torch.Tensor) -> SideBranch | None:
         """The patches as a branch beside the weight, if this call is to take it and nothing else is to be merged."""
         branch = None if self.weight_patches is None else self.weight_patches.branch
         if branch is None or self.hook_patches or self.weight_wrappers or not branch.applies(input):
