@@ -33,8 +33,9 @@ SIZES: list[dict[str, int]] = [
     {"tokens": 64},
     {"side": 6, "tokens": 120},
 ]
-# These make positions of the sizes in Python, so that the whole model is compiled for each size (never more often).
-SIZES_IN_CODE = {"flux", "qwen_image", "wan", "hunyuan_video"}
+# The whole model may be compiled for a size of its own (never more often): these make positions of the sizes in
+# Python; SDXL halves sizes, odd and even ones differently.
+SIZES_IN_CODE = {"flux", "qwen_image", "wan", "hunyuan_video", "sdxl"}
 
 
 @pytest.fixture
