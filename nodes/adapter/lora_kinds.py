@@ -67,7 +67,7 @@ def kind_of(patch: Any) -> str:
         return "DoRA"
     if isinstance(value, LoRAAdapter) and value.weights[3] is not None:
         return "LoCon with a middle factor"
-    return _NAMES.get(value.name, value.name)
+    return _NAMES.get(value.name, str(value.name))
 
 
 def is_costly(patch: Any) -> bool:

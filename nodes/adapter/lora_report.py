@@ -96,7 +96,8 @@ def _costs(patcher: Any) -> _Costs:
         factors = low_rank_factors(patches, weight.shape) if isinstance(module, torch.nn.Linear) else None
         if factors:
             rank = sum(len(part.down) for part in factors)
-            costs.branches.append(LowRankShape(*weight.shape, rank))
+            rows, columns = weight.shape
+            costs.branches.append(LowRankShape(rows, columns, rank))
     return costs
 
 
@@ -147,7 +148,7 @@ def _flop_lines(shapes: list[LowRankShape]) -> list[str]:
 
 def _typical_lines(patcher: Any) -> list[str]:
     shapes = [
-        LowRankShape(*module.weight.shape, _TYPICAL_RANK)
+        LowRankShape(module.weight.shape[0], module.weight.shape[1], _TYPICAL_RANK)
         for _, module in packed_modules(patcher.model)
         if isinstance(module, torch.nn.Linear)
     ]
