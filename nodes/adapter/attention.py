@@ -97,6 +97,11 @@ class AttentionChoice:
         )
 
 
+def ignores_options(patch: object) -> bool:
+    """Whether what is found in transformer_options is an attention of Snug's, which looks at nothing else there."""
+    return isinstance(patch, AttentionChoice) and patch.previous is None
+
+
 def compilable(function: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function, or in compiled code one that can be compiled."""
     name = getattr(function, "__name__", "")

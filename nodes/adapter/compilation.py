@@ -17,11 +17,11 @@ from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
-from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ...quant_backends.core.errors import SnugError
+from .attention import ATTENTION_OPTION, compilable, ignores_options
 from .compat import is_dynamic
 from .compile_backends import COMPILER_ERRORS, compile_options, missing_for, sentence
 from .compile_shapes import mark_block_sizes, mark_network_sizes, plain_strides
@@ -42,7 +42,6 @@ RECOMPILE_LIMIT = 64
 VOLATILE_OPTIONS = frozenset(
     ("block", "block_index", "block_type", "callbacks", "cond_or_uncond", "sample_sigmas", "sigmas", "uuids")
 )
-ATTENTION_OPTION = "optimized_attention_override"
 PATCH_OPTIONS = ("patches", "patches_replace", ATTENTION_OPTION)
 
 
@@ -158,16 +157,15 @@ class CompiledForward:
 
 def _traceable_options(options: dict[str, Any], is_block: bool) -> dict[str, Any]:
     """transformer_options without what would be compiled into the code for nothing."""
-    if is_block and not any(options.get(name) for name in PATCH_OPTIONS):  # patches may look at everything
+    patches = [options[name] for name in PATCH_OPTIONS if options.get(name)]
+    if is_block and all(map(ignores_options, patches)):  # others may look at everything
         options = {name: value for name, value in options.items() if name not in VOLATILE_OPTIONS}
     return {ATTENTION_OPTION: _traceable_attention, **options}
 
 
 def _traceable_attention(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """ComfyUI's attention, except where it divides its work by the free memory, which cannot be compiled."""
-    if function.__name__ in ("attention_sub_quad", "attention_split"):
-        function = attention.attention_pytorch
-    return function(*args, **kwargs)
+    return compilable(function)(*args, **kwargs)
 
 
 def _guards_to_keep(entries: Sequence[Any]) -> list[bool]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .layout import is_packed
+from .packed_module import PackedWeightModule
 
 # ---- operations ------------------------------------------------------------------------------------------------
 
@@ -51,17 +52,28 @@ def _weight_and_bias(
     Always copies, as a compiler may reuse the memory of an operation's result.
     """
     layer = _in_use[int(number)].layer
-    weight, bias, token = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
-    try:
+    with _cast(layer, x) as (weight, bias):
         if is_packed(weight):
             found = [layer.dense_weight(weight, x.dtype)]
         else:
             found = [weight.to(x.dtype, memory_format=torch.contiguous_format, copy=True)]
         if bias is not None:
             found.append(bias.to(x.dtype, copy=True))
+    return found
+
+
+@contextmanager
+def _cast(layer: Any, x: torch.Tensor) -> Iterator[tuple[Any, torch.Tensor | None]]:
+    """Weight and bias on x's device, given back to ComfyUI afterwards; packed ones stay so in any dtype."""
+    if isinstance(layer, PackedWeightModule):
+        with layer.cast_weight(x) as found:
+            yield found
+        return
+    weight, bias, token = comfy.ops.cast_bias_weight(layer, x, offloadable=True)
+    try:
+        yield weight, bias
     finally:
         comfy.ops.uncast_bias_weight(layer, weight, bias, token)
-    return found
 
 
 def _weight_and_bias_shapes(

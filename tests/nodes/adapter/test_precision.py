@@ -460,5 +460,5 @@ def test_compiled(family: str, format: str, first: str, load: Any, model: Any) -
         load_whole(patched)
         with compiles(0):
             outputs.append(predict(patched, family, seed=11).float())
-    assert error(*outputs) < 8 * ROUNDING["bf16"]
+    assert error(*outputs) < ROUNDING["bf16"] * (8 if family == "flux" else 1)
     assert not any("forward" in module.__dict__ for module in plain.model.modules())
