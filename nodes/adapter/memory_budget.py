@@ -26,10 +26,10 @@ from ...quant_backends.memory.plan import least_limit, size_text
 from .compat import supported_arguments
 from .group_offload import OffloadSettings, offload_clip, offload_model
 from .layout import is_packed, stored_nbytes
+from .lora_settings import lora_settings, set_lora_settings
 from .memory_budget_patcher import Allowance, is_on_gpu, warn_of_more, with_allowance
 from .memory_budget_vae import Coding, is_picture_as_video, with_room
 from .offload_units import BLOCK, LEAF, offload_units, other_bytes
-from .patcher import PackedPatcher
 from .patches import adapter_bytes
 
 # Names of the components.
@@ -117,7 +117,7 @@ def _sampling(models: Models, images: list[torch.Tensor], work: str) -> Stage:
     others = {id(model): model for model in _attached_models(patcher)}.values()
     beside += [_component("model patch", other, False) for other in others]
     factors = sum(map(adapter_bytes, patcher.patches.values()))
-    if factors and isinstance(patcher, PackedPatcher):
+    if factors:  # dense weights have it merged in, unless they are streamed
         beside.append(Component("LoRA", "", factors))
     return Stage("Sampling", _component(MODEL, patcher), _computing(needed), work, tuple(beside))
 
@@ -217,20 +217,29 @@ def _within(models: Models, plan: BudgetPlan) -> tuple[Models, dict[str, str]]:
         allowance = Allowance(plan.room(stage), stage.stage.other_weights)
         name = stage.stage.component.name
         if name == MODEL:
-            model = with_allowance(models.model, allowance)
+            model = _budgeted(models.model, allowance)
             warn_of_more(model, stage.computing)
             if stage.limit is not None:
                 model, notes[name] = offload_model(model, _settings(model, stage.limit))
             models = replace(models, model=model)
         elif name == CLIP:
             clip = models.clip.clone()
-            clip.patcher = with_allowance(clip.patcher, allowance)
+            clip.patcher = _budgeted(clip.patcher, allowance)
             if stage.limit is not None:
                 clip, notes[name] = offload_clip(clip, _settings(clip.patcher, stage.limit))
             models = replace(models, clip=clip)
         else:
             models = replace(models, vae=_vae_within(models.vae, plan, stage, allowance))
     return models, notes
+
+
+def _budgeted(patcher: Any, allowance: Allowance) -> Any:
+    """With a budget no weights are kept decoded, which goes by what the card has free."""
+    new = with_allowance(patcher, allowance)
+    settings = lora_settings(new)
+    if settings.cache:
+        set_lora_settings(new, replace(settings, cache=False))
+    return new
 
 
 def _vae_within(vae: Any, plan: BudgetPlan, stage: StagePlan, allowance: Allowance) -> Any:

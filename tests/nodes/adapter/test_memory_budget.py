@@ -137,6 +137,18 @@ def test_lora_takes_of_the_budget(sd3: Any, gpu: SimulatedGPU, model: Any) -> No
     assert "LoRA  " in report and "streamed" in report
 
 
+def test_no_weights_are_kept_decoded(sd3: Any, gpu: SimulatedGPU) -> None:
+    from snug.nodes.adapter.lora_settings import BRANCH, LoraSettings, lora_settings, set_lora_settings
+
+    packed, _ = sd3
+    gpu.holds(packed)
+    source = packed.clone()
+    set_lora_settings(source, LoraSettings(BRANCH, cache=True))
+    budgeted = apply(GIGABYTE, source)[0].model
+    assert lora_settings(budgeted) == LoraSettings(BRANCH, cache=False)
+    assert lora_settings(source).cache
+
+
 def test_clones_and_copies_keep_to_it(sd3: Any, sd15: Any, gpu: SimulatedGPU, model: Any) -> None:
     from snug.nodes.adapter.layerwise_casting import cast_model
 
