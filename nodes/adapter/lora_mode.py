@@ -23,7 +23,7 @@ def set_lora_mode(patcher: Any, mode: str, cache: bool) -> tuple[Any, str]:
     if mode == BAKE:
         new, baking = bake(patcher)
         settings = LoraSettings(MERGE, cache)
-        report = f"{bake_report(baking)}\n{mode_report(new, settings)}"
+        report = bake_report(baking, new, settings)
     else:
         new, settings = _with_packed_float8(patcher), LoraSettings(mode, cache)
         report = mode_report(new, settings)

@@ -39,7 +39,11 @@ class _Costs:
 
 def mode_report(patcher: Any, settings: LoraSettings) -> str:
     """The mode, and the cost of every mode for the LoRAs that the MODEL has now."""
-    lines = [f"LoRA mode: {settings.mode}"]
+    return "\n".join([f"LoRA mode: {settings.mode}", *_lines(patcher, settings)])
+
+
+def _lines(patcher: Any, settings: LoraSettings) -> list[str]:
+    lines: list[str] = []
     costs = _costs(patcher)
     if costs.layers:
         lines += _cost_lines(costs, settings)
@@ -56,12 +60,15 @@ def mode_report(patcher: Any, settings: LoraSettings) -> str:
             f"{foreign} patched layers are in a quantized format of ComfyUI's own, which merges and quantizes again; "
             f"load the file with Load Diffusion Model (Snug) to choose"
         )
-    return "\n".join(lines)
+    return lines
 
 
-def bake_report(baking: Baking) -> str:
-    """How many layers have been baked, the error of quantizing again, and what could not be baked."""
-    lines = [f"{len(baking.baked)} layers baked"]
+def bake_report(baking: Baking, patcher: Any, settings: LoraSettings) -> str:
+    """How many layers have been baked, the error of quantizing again, and what could not be baked.
+
+    patcher: the result; settings: how it applies what is not baked in.
+    """
+    lines = [f"LoRA mode: bake in; {len(baking.baked)} layers baked"]
     if baking.baked:
         everything = total(baking.baked)
         lines.append(f"rounding: {_errors(everything)}")
@@ -70,7 +77,8 @@ def bake_report(baking: Baking) -> str:
     lines += [
         f"{count} {reason}: their LoRA is merged while dequantizing" for reason, count in baking.kept.items()
     ]
-    return "\n".join(lines)
+    lines += _lines(patcher, settings) if patcher.patches else []
+    return "\n".join([*lines, "LoRA nodes behind this one are merged while dequantizing"])
 
 
 def _errors(layer: Baked) -> str:

@@ -75,7 +75,7 @@ def test_baked_weights_and_the_reported_error(format: str, error: float, twins: 
     assert share(totals[2]) == pytest.approx((sums["rounding"] / sums["change"]) ** 0.5, abs=1e-3)
     worst = re.search(pattern.format(max(shares, key=lambda name: shares[name])), report)
     assert worst and share(worst[2]) == pytest.approx(max(shares.values()), abs=1e-3)
-    assert report.startswith(f"{len(shares)} layers baked")
+    assert report.startswith(f"LoRA mode: bake in; {len(shares)} layers baked")
 
     wanted = model.run(model.with_lora(dense, lora, STRENGTH), load=True)
     change = wanted - model.run(dense, load=True)

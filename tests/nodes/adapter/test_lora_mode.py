@@ -193,6 +193,7 @@ def test_what_else_changes_a_weight_is_merged(what: str, sd3: Any, model: Any) -
     outputs = []
     for base in (with_mode(packed, BRANCH), dense):
         patched = model.with_lora(base, model.make_lora(packed.model, 1))
+        patched = adapted(patched, make_adapter("LoHa", {n: s for n, s in shapes.items() if ".mlp." in n}))
         if what == "factor":
             extra = {f"{name}.weight": ("diff", (torch.zeros(shape),)) for name, shape in shapes.items()}
             assert patched.add_patches(extra, 1.0, 0.5)
