@@ -8,32 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from memory_budgets import GIGABYTE, LEAST_FREE, RESERVE, apply, roomy_gpu
 from safetensors.torch import save_file
 from simulated_gpu import SimulatedGPU
-from simulated_transfers import simulate_transfers
 from small_text_encoders import PROMPT, SmallCLIP, load_dense
 from snug.quant_backends.core.errors import SnugError
 from twins import Twins
 
-MEGABYTE = 1 << 20
-GIGABYTE = 1 << 30
-RESERVE = MEGABYTE
-# More than the estimate of any tiny model at 64 pixels.
-LEAST_FREE = 32 * MEGABYTE
-
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGPU:
-    """Large enough for everything; weights are streamed to a device that exists in time only."""
-    simulate_transfers(monkeypatch)
-    return SimulatedGPU(monkeypatch, 4 * GIGABYTE, RESERVE, LEAST_FREE)
-
-
-def apply(budget: float, model: Any, latent: Any = None, size: int = 64, **others: Any) -> tuple[Any, str]:
-    """budget: in bytes."""
-    from snug.nodes.adapter.memory_budget import ImageSize, Models, apply_budget
-
-    return apply_budget(budget / GIGABYTE, Models(model, **others), ImageSize(size, size, 1), latent)
+    return roomy_gpu(monkeypatch)
 
 
 def load(*patchers: Any) -> None:

@@ -11,21 +11,15 @@ import pytest
 import torch
 from checkpoint_files import taesd
 from controlnet_files import classic_controlnet
+from memory_budgets import GIGABYTE, LEAST_FREE, MEGABYTE, RESERVE, apply, roomy_gpu
 from safetensors.torch import save_file
 from simulated_gpu import DEVICE, SimulatedGPU
-from simulated_transfers import simulate_transfers
 from snug.quant_backends.core.errors import SnugError
-
-MEGABYTE = 1 << 20
-GIGABYTE = 1 << 30
-RESERVE = MEGABYTE
-LEAST_FREE = 32 * MEGABYTE
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGPU:
-    simulate_transfers(monkeypatch)
-    return SimulatedGPU(monkeypatch, 16 * GIGABYTE, RESERVE, LEAST_FREE)
+    return roomy_gpu(monkeypatch)
 
 
 @pytest.fixture
@@ -34,12 +28,6 @@ def vae(comfy: Any, tmp_path: Path, gpu: SimulatedGPU) -> Any:
     vae.device = DEVICE
     gpu.holds(vae.patcher)
     return vae
-
-
-def apply(budget: float, model: Any, size: int = 64, **others: Any) -> tuple[Any, str]:
-    from snug.nodes.adapter.memory_budget import ImageSize, Models, apply_budget
-
-    return apply_budget(budget / GIGABYTE, Models(model, **others), ImageSize(size, size, 1))
 
 
 def sample(patcher: Any, control: Any = None, size: int = 8) -> torch.Tensor:
@@ -182,12 +170,11 @@ def test_decoding_is_planned(sd15: Any, vae: Any, gpu: SimulatedGPU) -> None:
 
 def test_pictures_and_sound_together(sd15: Any, gpu: SimulatedGPU) -> None:
     from comfy.nested_tensor import NestedTensor
-    from snug.nodes.adapter.memory_budget import ImageSize, Models, apply_budget
 
     packed, _ = sd15
     gpu.holds(packed)
     samples = NestedTensor([torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 20)])
-    report = apply_budget(8, Models(packed), ImageSize(64, 64, 1), {"samples": samples})[1]
+    report = apply(8 * GIGABYTE, packed, {"samples": samples})[1]
     assert "latent of 1 × 4 × 8 × 8 and 1 × 4 × 20" in report
     needed = int(packed.model.memory_required([2, 1, 4 * 64 + 4 * 20]))
     assert needed > LEAST_FREE and f"{needed / MEGABYTE:.1f} MB  latent of" in report
