@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--formats", nargs="+", default=["Q8_0", "Q4_0", "float8_e4m3fn-rows"])
     parser.add_argument("--widths", nargs="+", type=int, default=[320, 640, 1280, 3072])
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 256])

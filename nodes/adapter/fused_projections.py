@@ -123,7 +123,7 @@ def find_projections(network: torch.nn.Module) -> Iterator[FusedProjections]:
         is_cross = bool(CROSS_NAMES.search(name) or CROSS_CLASSES.search(type(module).__name__))
         for names in GROUPS:
             names = names[-2:] if is_cross else names
-            layers = [children[name] for name in names if isinstance(children.get(name), PackedLinear)]
+            layers = [layer for layer in map(children.get, names) if isinstance(layer, PackedLinear)]
             packed = [layer for layer in layers if is_packed(layer.weight)]
             if len(packed) > 1 and len({layer.in_features for layer in packed}) == 1:
                 yield FusedProjections(packed)
