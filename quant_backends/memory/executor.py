@@ -36,8 +36,7 @@ class GroupOffload:
         self._group_of = {block: number for number, group in enumerate(plan.groups) for block in group.blocks}
         self._in_slot: list[int | None] = [None] * plan.slots
         self._waited: set[int] = set()  # slots whose copy was waited for since it was started
-        self._source = source
-        self._is_open = True
+        self._source: Source | None = source  # None once it is closed: it holds on to the model
         try:
             # Ordinary tensors, which can be written to in and out of inference mode.
             with torch.inference_mode(False), torch.no_grad():
@@ -55,7 +54,7 @@ class GroupOffload:
 
         Raises SnugError when the weights were freed.
         """
-        if not self._is_open:
+        if self._source is None:
             raise SnugError("These offloaded weights were freed; queue the workflow again.")
         group = self._group_of.get(block)
         if group is None:
@@ -76,12 +75,12 @@ class GroupOffload:
     def release(self, block: int) -> None:
         """The block is computed, or enqueued to be."""
         group = self._group_of.get(block)
-        if self._is_open and group is not None and block == self.plan.groups[group].blocks[-1]:
+        if self.is_open and group is not None and block == self.plan.groups[group].blocks[-1]:
             self._hold_from(group + 1)
 
     @property
     def is_open(self) -> bool:
-        return self._is_open
+        return self._source is not None
 
     @property
     def slot_bytes(self) -> int:
@@ -90,7 +89,7 @@ class GroupOffload:
 
     def close(self) -> None:
         """Frees everything, on the device and on the host. May be called twice."""
-        self._is_open = False
+        self._source = None
         self._transfer.close()
 
     def _hold_from(self, first: int) -> None:

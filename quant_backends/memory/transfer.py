@@ -89,6 +89,7 @@ class SlabTransfer:
         self.on_staged: Callable[[int, tuple[torch.Tensor, ...]], None] | None = None
         self._pin_for = device if pin else None
         self._host: HostBuffer | None = None
+        self._layout: GroupLayout | None = None
         self._slots: list[torch.Tensor] = []
         self._views: dict[tuple[int, int], tuple[torch.Tensor, ...]] = {}
 
@@ -102,26 +103,26 @@ class SlabTransfer:
 
     def open(self, plan: OffloadPlan, source: Source) -> None:
         self._plan = plan
-        self._layout = GroupLayout(plan, source)
+        layout = self._layout = GroupLayout(plan, source)
         self._slots = [
             torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self.device) for _ in range(plan.slots)
         ]
         self._views = {
-            (block, number): self._layout.views(block, slot)
+            (block, number): layout.views(block, slot)
             for number, slot in enumerate(self._slots)
             for block in plan.streamed
         }
-        self._host = self._host_buffer(plan)
+        self._host = self._host_buffer(plan, layout)
 
-    def _host_buffer(self, plan: OffloadPlan) -> HostBuffer:
-        existing = self._layout.slab_of_before()
+    def _host_buffer(self, plan: OffloadPlan, layout: GroupLayout) -> HostBuffer:
+        existing = layout.slab_of_before()
         slab = HostBuffer(plan.slab_bytes, self._pin_for, existing)
         for number, group in enumerate(plan.groups if existing is None else ()):
             group_bytes = slab.bytes.narrow(0, group.offset, group.nbytes)
-            self._layout.fill(number, group_bytes)
+            layout.fill(number, group_bytes)
             for block in group.blocks:
                 if self.on_staged is not None:
-                    self.on_staged(block, self._layout.views(block, group_bytes))
+                    self.on_staged(block, layout.views(block, group_bytes))
         return slab
 
     def _staged(self, group: int, slot: int) -> torch.Tensor:
@@ -135,6 +136,7 @@ class SlabTransfer:
     def close(self) -> None:
         self._views.clear()
         self._slots.clear()
+        self._layout = self.on_staged = None  # they hold on to the model
         if self._host is not None:
             self._host.close()
             self._host = None
@@ -193,11 +195,11 @@ class DiskTransfer(StreamTransfer):
         self._reader = ThreadPoolExecutor(1, "snug-offload")
         self._read: dict[int, Future[None]] = {}  # by slot
 
-    def _host_buffer(self, plan: OffloadPlan) -> HostBuffer:
+    def _host_buffer(self, plan: OffloadPlan, layout: GroupLayout) -> HostBuffer:
         return HostBuffer(plan.slots * plan.slot_bytes, self._pin_for)
 
     def _staged(self, group: int, slot: int) -> torch.Tensor:
-        assert self._host is not None, "the transfer is not open"
+        assert self._host is not None and self._layout is not None, "the transfer is not open"
         part = self._host.bytes.narrow(0, slot * self._plan.slot_bytes, self._plan.groups[group].nbytes)
         self._copied[slot].synchronize()  # the copy before may still read from it
         self._layout.fill(group, part)
