@@ -106,7 +106,8 @@ class SnugGroupOffload(io.ComfyNode):
             outputs=[
                 io.Model.Output(tooltip="The model, ready for KSampler, LoRA, ControlNet and the rest."),
                 io.String.Output(
-                    display_name="report", tooltip="What stays on the GPU, what is streamed, and how long copies take."
+                    display_name="report",
+                    tooltip="What stays on the GPU, what is streamed, and how long copies take.",
                 ),
             ],
         )
@@ -136,7 +137,8 @@ class SnugGroupOffloadCLIP(io.ComfyNode):
             outputs=[
                 io.Clip.Output(tooltip="The text encoders, ready for CLIP Text Encode and LoRA."),
                 io.String.Output(
-                    display_name="report", tooltip="What stays on the GPU, what is streamed, and how long copies take."
+                    display_name="report",
+                    tooltip="What stays on the GPU, what is streamed, and how long copies take.",
                 ),
             ],
         )

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .layout import is_packed
+from .offload_streaming import LayerForward, bring
 from .packed_module import PackedWeightModule
 
 # ---- operations ------------------------------------------------------------------------------------------------
@@ -26,7 +27,9 @@ from .packed_module import PackedWeightModule
 @torch.compiler.disable
 def _linear(x: torch.Tensor, number: torch.Tensor, features: int) -> torch.Tensor:
     """x [..., in] through layer `number` (int64 scalar on the CPU); returns [..., features] in x's dtype."""
-    return _in_use[int(number)].eager(x).contiguous()
+    opaque = _in_use[int(number)]
+    bring(opaque.layer)
+    return opaque.eager(x).contiguous()
 
 
 def _linear_shape(x: torch.Tensor, number: torch.Tensor, features: int) -> torch.Tensor:
@@ -36,7 +39,9 @@ def _linear_shape(x: torch.Tensor, number: torch.Tensor, features: int) -> torch
 @torch.compiler.disable
 def _rows(ids: torch.Tensor, number: torch.Tensor, features: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows of the table in layer `number`, for ids [...]; returns [..., features] in `dtype`."""
-    return _in_use[int(number)].eager(ids, out_dtype=dtype).to(dtype).contiguous()
+    opaque = _in_use[int(number)]
+    bring(opaque.layer)
+    return opaque.eager(ids, out_dtype=dtype).to(dtype).contiguous()
 
 
 def _rows_shape(ids: torch.Tensor, number: torch.Tensor, features: int, dtype: torch.dtype) -> torch.Tensor:
@@ -52,6 +57,7 @@ def _weight_and_bias(
     Always copies, as a compiler may reuse the memory of an operation's result.
     """
     layer = _in_use[int(number)].layer
+    bring(layer)
     with _cast(layer, x) as (weight, bias):
         if is_packed(weight):
             found = [layer.dense_weight(weight, x.dtype)]
@@ -239,7 +245,8 @@ def replaced_forwards(stand_ins: Iterable[Opaque]) -> Iterator[None]:
         for opaque in stand_ins:
             attributes = opaque.layer.__dict__
             previous = attributes.get("forward")
-            if previous is not None and not isinstance(opaque, OpaqueLinear):
+            foreign = previous is not None and not isinstance(previous, LayerForward)
+            if foreign and not isinstance(opaque, OpaqueLinear):
                 continue  # another node has replaced what would be traced
             opaque.eager = opaque.layer.forward
             replaced.append((opaque, previous))

@@ -8,8 +8,7 @@ in its own way, memory that was freed in between) is slower and just as right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +25,11 @@ from ...quant_backends.memory.transfer import (
 )
 from .offload_units import Place, Unit, distribute, remember_order
 
-# Attribute of a module: (Streaming, number of its unit), while it is streamed.
+# Attribute of a block and of the layers in it: (Streaming, number of their unit), while their model is streamed.
 STREAMED_UNIT = "snug_streamed_unit"
+# Key of the hooks. torch gives out a new one whenever a hook is registered, and compiled code that went through the
+# block would be compiled again for it.
+_HOOK: Any = "snug_streamed_unit"
 
 
 def transfer_to(device: torch.device, pin: bool, from_disk: bool) -> Transfer | None:
@@ -66,7 +68,7 @@ class Streaming:
         self._last_seen: int | None = None
         self._knows_order = False
         self._wrapped: list[LayerForward] = []
-        self._hooks: list[Any] = []
+        self._hooked: list[torch.nn.Module] = []
         streamed = [tensor for index in plan.streamed for tensor in self.units[index].tensors]
         if isinstance(transfer, SlabTransfer) and not any(map(FileBacked().__contains__, streamed)):
             transfer.on_staged = self._keep_in_slab  # else the weights would be in memory twice
@@ -104,6 +106,7 @@ class Streaming:
         """Puts the unit's weights on the device in place of those that ComfyUI knows."""
         self.restore()  # of a unit that was broken off
         self._notice(index)
+        self._running = index
         if not self.is_open or index not in self.plan.streamed:
             return
         tensors = self._offload.acquire(index)
@@ -111,7 +114,6 @@ class Streaming:
         key = (index, tensors[0].data_ptr())
         if key not in self._in_slots:
             self._in_slots[key] = [place.over(part) for place, part in distribute(unit.places, tensors)]
-        self._running = index
         for place, parameter in zip(unit.places, self._in_slots[key], strict=True):
             if place.is_current:
                 self._replaced.append(place)
@@ -121,6 +123,13 @@ class Streaming:
         if self._running == index:
             self.restore()
             self._offload.release(index)
+
+    def switch_to(self, index: int) -> None:
+        """The same as `before`, where nothing says when a unit ends but the beginning of another one."""
+        if self._running != index:
+            if self._running is not None:
+                self.after(self._running)
+            self.before(index)
 
     def restore(self) -> None:
         """Gives the unit that ran last the parameters back that ComfyUI knows."""
@@ -148,25 +157,30 @@ class Streaming:
 
     def install(self) -> None:
         """Lets the model's modules call `before` and `after`."""
-        if self._hooks or self._wrapped:
+        if self._hooked or self._wrapped:
             return
         for index, unit in enumerate(self.units):
-            unit.module.__dict__[STREAMED_UNIT] = (self, index)
+            for module in (unit.module, *(place.module for place in unit.places)):
+                module.__dict__[STREAMED_UNIT] = (self, index)
             if hasattr(unit.module, "comfy_cast_weights"):
                 self._wrapped.append(LayerForward(unit.module))
             else:
-                self._hooks.append(unit.module.register_forward_pre_hook(_before_block))
-                self._hooks.append(unit.module.register_forward_hook(_after_block, always_call=True))
+                self._hooked.append(unit.module)
+                unit.module._forward_pre_hooks[_HOOK] = _before_block
+                unit.module._forward_hooks[_HOOK] = _after_block
+                unit.module._forward_hooks_always_called[_HOOK] = True
 
     def uninstall(self) -> None:
         self.restore()
-        for hook in self._hooks:
-            hook.remove()
+        for block in self._hooked:
+            for hooks in (block._forward_pre_hooks, block._forward_hooks, block._forward_hooks_always_called):
+                hooks.pop(_HOOK, None)
         for wrapped in self._wrapped:
             wrapped.remove()
-        self._hooks, self._wrapped = [], []
+        self._hooked, self._wrapped = [], []
         for unit in self.units:
-            unit.module.__dict__.pop(STREAMED_UNIT, None)
+            for module in (unit.module, *(place.module for place in unit.places)):
+                module.__dict__.pop(STREAMED_UNIT, None)
 
     def close(self) -> None:
         """Frees the memory on both sides and takes everything off the model. May be called twice."""
@@ -197,8 +211,8 @@ class Streaming:
         return tensors
 
 
-# Hooks are plain functions, the same for all blocks, so that a compiler that looks at them finds no difference. A
-# model that is compiled as a whole does not stream its blocks: their layers are cast one by one.
+# Hooks are plain functions, the same for all blocks, so that a compiler that looks at them finds no difference. In a
+# model that is compiled as a whole they do not run: there its layers call `bring`.
 
 
 def _before_block(module: torch.nn.Module, _args: Any) -> None:
@@ -213,18 +227,11 @@ def _after_block(module: torch.nn.Module, _args: Any, _result: Any) -> None:
         streaming.after(index)
 
 
-@contextmanager
-def streamed(layer: torch.nn.Module) -> Iterator[None]:
-    """Has the weights of a layer that is streamed by itself on the device; does nothing for other layers."""
+def bring(layer: torch.nn.Module) -> None:
+    """Has the unit of a layer that compiled code is going to use on the device, if it is streamed."""
     streaming, index = layer.__dict__.get(STREAMED_UNIT, (None, 0))
-    if streaming is None:
-        yield
-        return
-    streaming.before(index)
-    try:
-        yield
-    finally:
-        streaming.after(index)
+    if streaming is not None:
+        streaming.switch_to(index)
 
 
 class LayerForward:
@@ -237,8 +244,16 @@ class LayerForward:
         layer.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with streamed(self._layer):
+        if (
+            STREAMED_UNIT not in self._layer.__dict__
+        ):  # no longer streamed, but another node goes on to call this
             return self._forward(*args, **kwargs)
+        streaming, index = self._layer.__dict__[STREAMED_UNIT]
+        streaming.before(index)
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            streaming.after(index)
 
     def remove(self) -> None:
         attributes = self._layer.__dict__
