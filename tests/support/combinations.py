@@ -140,7 +140,7 @@ class Bench:
                 if name == "casting":
                     self._round(reference, FEATURES[name].settings[setting])
                 else:
-                    reference = with_features(reference, [name], setting)
+                    reference = with_lora(reference, FEATURES[name].settings[setting])
             self._references[key] = reference
         return self._references[key]
 

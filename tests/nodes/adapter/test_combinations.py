@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from combinations import ALONE, CHANGING, FEATURES, ORDERED_PAIRS, PAIRS, Bench, error, sample, with_features
+from combinations import (
+    ALONE,
+    CHANGING,
+    FEATURES,
+    ORDERED_PAIRS,
+    PAIRS,
+    Bench,
+    error,
+    sample,
+    with_features,
+    with_lora,
+)
 from compiled_models import predict
 from memory_states import LOADS, load_whole
 from narrow_flux import accept_narrow_flux
@@ -22,6 +33,8 @@ FAMILIES = [("flux", "Q4_K"), ("flux", "nf4"), ("sd15", "Q8_0"), ("sd15", "dense
 TOLERANCE = 1e-5
 # ComfyUI rounds a float8 weight to float8 again where it merges a LoRA, but not where it offloads the layer.
 FLOAT8_TOLERANCE = 0.15
+# Weights of four bits, or float8, rounded once more with the LoRA in them.
+BAKING_TOLERANCE = 0.2
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +91,7 @@ def check(models: Bench, features: Sequence[str], tolerance: float = TOLERANCE) 
     longer = with_features(shorter, features[-1:])
     assert error(sample(longer, models.family), models.expected(features)) < tolerance
     if features[1:]:
-        assert error(sample(shorter, models.family), models.expected(features[:-1])) < TOLERANCE
+        assert error(sample(shorter, models.family), models.expected(features[:-1])) < tolerance
     models.check_undone()
 
 
@@ -132,6 +145,22 @@ def test_clones_with_different_settings(format: str, features: tuple[str, ...], 
         assert min(error(*pair) for pair in itertools.combinations(alone, 2)) > 1e-3
     for number in (1, 2, 1, 0, 2, 0, 1):
         assert torch.equal(sample(clones[number], "sd3"), alone[number])
+
+
+@pytest.mark.parametrize("format", ["Q4_K", "dense"])
+@pytest.mark.parametrize("mode", ["side branch", "automatic", "bake in"])
+def test_lora_modes_among_all_others(
+    mode: str, format: str, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from snug.nodes.adapter.lora_mode import set_lora_mode
+
+    def apply(patcher: Any, strength: float) -> Any:
+        return set_lora_mode(with_lora(patcher, strength), mode, True)[0]
+
+    monkeypatch.setitem(FEATURES, "lora", FEATURES["lora"]._replace(apply=apply))
+    tolerance = BAKING_TOLERANCE if mode == "bake in" else TOLERANCE
+    for chain in (["casting", "offload", "compile", "lora"], ["lora", "compile", "offload", "casting"]):
+        check(bench("sd3", format), chain, tolerance)
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler")
