@@ -57,8 +57,9 @@ def load_checkpoint(
     model, clip, vae = _build(path, checkpoint, settings, disable_dynamic, parts)
     settings.on_weight = ignore
     if model is not None:
-        adopt(model) if checkpoint else None
         dtype = COMPUTE_DTYPES[compute_dtype]
+        if checkpoint is not None or dtype is not None:
+            adopt(model)
         if dtype is not None:
             model.set_model_compute_dtype(dtype)
         set_compute_dtype(model.model, dtype or model.model.manual_cast_dtype or model.model.get_dtype())

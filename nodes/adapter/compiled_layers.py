@@ -190,7 +190,7 @@ class OpaqueConvTranspose(OpaqueWeights):
         padding = layer._output_padding(
             input, output_size, layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
         )
-        convolve = (F.conv_transpose1d, F.conv_transpose2d)[dims - 1]
+        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d)[dims - 1]
         return convolve(
             input, *self.weights(input), layer.stride, layer.padding, padding, layer.groups, layer.dilation
         )

@@ -69,7 +69,7 @@ def load_diffusion_model(path: str, compute_dtype: str = "auto", disable_dynamic
     bar.update_absolute(bar.total)
     dtype = COMPUTE_DTYPES[compute_dtype]
     if dtype is not None:
-        patcher.set_model_compute_dtype(dtype)
+        adopt(patcher).set_model_compute_dtype(dtype)  # plain models, too: see its unpatch_model
     model = patcher.model
     set_compute_dtype(model, dtype or model.manual_cast_dtype or model.get_dtype())
     # How newer ComfyUI builds this model again when it needs one without dynamic VRAM.

@@ -11,7 +11,7 @@ from .lora_settings import AUTOMATIC, BRANCH, MERGE, LoraSettings, set_lora_sett
 from .reweight import replaceable_layers, reweight
 
 BAKE = "bake in"
-MODES = (AUTOMATIC, MERGE, BRANCH, BAKE)
+MODES = (MERGE, BRANCH, AUTOMATIC, BAKE)
 
 
 def set_lora_mode(patcher: Any, mode: str, cache: bool) -> tuple[Any, str]:

@@ -102,7 +102,8 @@ def offload_units(model: torch.nn.Module, level: str) -> list[Unit]:
         ]
     units = [Unit(name, module, list(_places(module))) for name, module in blocks]
     units = [unit for unit in units if unit.places]
-    order = {name: number for number, name in enumerate(getattr(model, _ORDER, ()))}
+    known: tuple[str, ...] = getattr(model, _ORDER, ())
+    order = {name: number for number, name in enumerate(known)}
     return sorted(units, key=lambda unit: order.get(unit.name, len(order)))
 
 

@@ -181,6 +181,10 @@ class PackedPatcher(_Base):
         return dropped + freed
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        if unpatch_weights and self.force_cast_weights and not is_dynamic(self):
+            # Core takes the mark of offloaded layers away only if there are any. A compute dtype puts it on all, and
+            # the next time that layers are offloaded, those that have it are left without their LoRA.
+            self.model.model_lowvram = True
         result = super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for _, module in packed_modules(self.model):

@@ -43,8 +43,9 @@ class WeightPatches:
         self.original_weights = original_weights
         self.costly = any(is_costly(patch) for patch in patches)
         self._moved_bytes = 0
-        moves = device is not None and branch is None
-        self.patches = [self._moved(patch, device) for patch in patches] if moves else patches
+        self.patches = patches
+        if device is not None and branch is None:
+            self.patches = [self._moved(patch, device) for patch in patches]
 
     @property
     def nbytes(self) -> int:

@@ -139,4 +139,4 @@ def _bytes_from(tensor: torch.Tensor, before: int, nbytes: int) -> torch.Tensor 
     start = tensor.data_ptr() - storage.data_ptr() - before
     if start < 0 or start + nbytes > storage.nbytes():
         return None
-    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, start, (nbytes,), (1,))

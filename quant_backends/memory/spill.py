@@ -52,12 +52,11 @@ def spill(tensors: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:
     free = shutil.disk_usage(folder).free
     if free < total:
         raise _no_room(folder, total, free)
-    with tempfile.NamedTemporaryFile(prefix="snug-offload-", dir=folder, delete=False) as file:
+    with tempfile.NamedTemporaryFile(prefix="snug-offload-", dir=folder, delete=False, buffering=0) as file:
         path = Path(file.name)
         try:
             for tensor, size in zip(tensors, sizes, strict=True):
-                data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
-                file.write(memoryview(data))
+                tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
                 file.write(bytes(size - tensor.nbytes))
         except BaseException as error:
             file.close()

@@ -94,7 +94,7 @@ def pin_for_a_simulated_device() -> dict[int, int]:
             self._pin_for = torch.device("cuda", 0)
 
     torch.cuda.cudart = Runtime  # type: ignore[assignment]
-    offloading = importlib.import_module("snug.nodes.adapter.offloading")
+    offloading: Any = importlib.import_module("snug.nodes.adapter.offloading")
     offloading.transfer_to = lambda *_: PinningTransfer()
     return pinned
 

@@ -79,7 +79,9 @@ def test_weights_in_memory_are_not_held_twice(
     for slabs in (1, 2):
         assert torch.equal(model.run(streamed, load=True), wanted)
         assert len(transfers) == slabs
-        slab = transfers[-1]._host.bytes
+        host = transfers[-1]._host
+        assert host is not None
+        slab = host.bytes
         inside = [
             0 <= tensor.data_ptr() - slab.data_ptr() < slab.numel() for tensor in streamed_tensors(streamed)
         ]

@@ -157,3 +157,28 @@ def test_factors_on_the_device_are_counted_once(
     for _ in range(3):
         patcher.partially_unload(torch.device("cpu"), -1)
         assert patcher.loaded_size() == loaded
+
+
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("file", ["gguf", "dense"])
+def test_plain_weights_keep_their_lora_after_unloading(
+    twins: Any, file: str, load: Callable[[Any], None], model: Any
+) -> None:
+    """With a compute dtype, core takes layers that it has unloaded for offloaded ones, and forgets their LoRA."""
+    import comfy.model_management
+    from snug.nodes.adapter.loading import load_diffusion_model
+
+    patcher = load_diffusion_model(str(getattr(twins("sd3", "Q4_0"), file)), "fp32")
+    generator = torch.Generator().manual_seed(1)
+    lora = {
+        f"{name}.diff_b": torch.randn(layer.bias.shape, generator=generator)
+        for name, layer in patcher.model.named_modules()
+        if hasattr(layer, "out_features") and layer.bias is not None
+    }
+    before = model.run(patcher, load=True)
+    patched = model.with_lora(patcher, lora)
+    wanted = model.run(patched, load=True) - before
+    assert wanted.abs().max() > 0.05
+    comfy.model_management.unload_all_models()
+    load(patched)
+    assert model.relative_error(model.run(patched) - before, wanted) < TOLERANCE

@@ -61,7 +61,8 @@ def test_lora_that_adds_channels(sd15: Any) -> None:
             if changed:
                 current, _ = comfy.sd.load_lora_for_models(current, None, dict(lora), 1.0, 0)
             load(current)
-            outputs.append(predict(current, "sd15", **(mask if changed else {})))
+            inputs: dict[str, Any] = mask if changed else {}
+            outputs.append(predict(current, "sd15", **inputs))
         assert torch.allclose(*outputs, atol=1e-4)
 
 
