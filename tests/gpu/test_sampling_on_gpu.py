@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,3 +118,35 @@ def test_streamed_blocks(sample: Callable[..., torch.Tensor], loader: str, setti
     streamed = sample(loader, lora, offload_after="lora_0", **settings)
     assert ((streamed - plain) - (with_lora - plain)).norm() < 0.05 * (with_lora - plain).norm()
     assert torch.equal(sample(loader), plain)
+
+
+@pytest.mark.parametrize("format", ["Q8_0", "nf4", "int8", "fp8"])
+def test_a_limit_smaller_than_the_model(server: ComfyServer, comfyui_path: Path, format: str) -> None:
+    """Of 60 MB and more of packed weights, half may stay: with dynamic VRAM ComfyUI pages the rest, else it is
+    streamed. LoRA is right all the same, and what stays is counted packed.
+    """
+    use_comfyui(comfyui_path)
+    models = server.base / "models"
+    (models / "loras").mkdir(parents=True, exist_ok=True)
+    (models / "diffusion_models").mkdir(exist_ok=True)
+    source = models / "sdxl.safetensors"
+    if not source.exists():
+        make_tiny_model("sdxl", source)
+        make_tiny_lora(source, models / "loras" / "sdxl.safetensors")
+    write = quantized_twins if format in KINDS else make_twins
+    file = write(source, models / "diffusion_models", format).gguf
+    limit = file.stat().st_size / 2**31
+
+    def run(*loras: Lora, limited: bool = False) -> tuple[torch.Tensor, dict[str, Any]]:
+        workflow = build_workflow("sdxl", "snug", file.name, loras=loras, model_info=True)
+        if limited:
+            with_offload(workflow, "lora_0" if loras else "model", limit_gb=limit)
+        outputs = server.run(workflow)
+        return saved_latent(server, outputs), json.loads(outputs["info"]["model_info"][0])
+
+    lora = ("sdxl.safetensors", 1.0)
+    plain, with_lora = run()[0], run(lora)[0]
+    limited, info = run(limited=True)
+    assert (limited - plain).norm() < 0.01 * plain.norm()
+    assert info["loaded_size"] < 0.75 * info["model_size"]
+    assert (run(lora, limited=True)[0] - with_lora).norm() < 0.05 * (with_lora - plain).norm()
