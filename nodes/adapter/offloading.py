@@ -17,7 +17,7 @@ from ...quant_backends.core.errors import SnugError
 from ...quant_backends.memory.plan import Block, OffloadPlan, make_plan, size_text
 from ...quant_backends.memory.spill import FileBacked, spill
 from .offload_streaming import Streaming, transfer_to
-from .offload_units import BLOCK, Place, Unit, distribute, offload_units, other_bytes
+from .offload_units import BLOCK, Place, Unit, distribute, mark_streamed, offload_units, other_bytes
 
 
 @dataclass(frozen=True)
@@ -122,5 +122,6 @@ def move_to_disk(places: Sequence[Place]) -> None:
 
 
 def _close_all(streams: weakref.WeakKeyDictionary[torch.nn.Module, Streaming]) -> None:
-    for streaming in list(streams.values()):
+    for model, streaming in list(streams.items()):
         streaming.close()
+        mark_streamed(model, ())

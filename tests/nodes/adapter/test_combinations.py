@@ -145,6 +145,8 @@ def test_clones_with_different_settings(format: str, features: tuple[str, ...], 
         assert min(error(*pair) for pair in itertools.combinations(alone, 2)) > 1e-3
     for number in (1, 2, 1, 0, 2, 0, 1):
         assert torch.equal(sample(clones[number], "sd3"), alone[number])
+    del clones, clone  # while one of them is loaded
+    models.check_undone()
 
 
 @pytest.mark.parametrize("format", ["Q4_K", "dense"])
