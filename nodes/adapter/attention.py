@@ -62,13 +62,20 @@ def set_attention(patcher: Any, backend: str, slicing: str) -> None:
                 f"{COMFYUIS_CHOICE} with it, or a number of slices with '{backend}'."
             )
         backend = SLICING_BACKEND
+    wanted = None if backend == COMFYUIS_CHOICE else backend
     slices = int(slicing) if slicing.isdecimal() else 1
-    if backend == COMFYUIS_CHOICE and slices == 1:
+    if wanted is None and slices == 1:
         return
     options = patcher.model_options["transformer_options"]
     previous = options.get(ATTENTION_OPTION)
-    choice = AttentionChoice(None if backend == COMFYUIS_CHOICE else backend, slices, previous)
-    whole = getattr(attention.get_attention_function(backend, None), "container_function", None)
+    if isinstance(
+        previous, AttentionChoice
+    ):  # two in one would slice the slices, or forget what is left open here
+        wanted = wanted or previous.backend
+        slices = previous.slices if slicing == "off" else slices
+        previous = previous.previous
+    choice = AttentionChoice(wanted, slices, previous)
+    whole = getattr(attention.get_attention_function(wanted or "", None), "container_function", None)
     if whole is not None and slices == 1:  # newer ComfyUI lets a backend free its inputs early
         choice.container_function = whole  # type: ignore[attr-defined]
     options[ATTENTION_OPTION] = choice

@@ -60,12 +60,10 @@ class PackedWeightModule(torch.nn.Module):
         kept = self._kept_weight(dtype)
         if kept is not None:
             return kept.to(weight.device, copy=True)
-        if not is_packed(weight):
-            dense = weight
-        elif self.patched():
-            dense = unpack(weight, torch.float32)
-        else:
-            return unpack(weight, dtype)
+        if not self.patched():
+            return unpack(weight, dtype) if is_packed(weight) else weight.to(dtype)
+        # Newer ComfyUI hands some weights over decoded in the compute dtype; patches change what they are given.
+        dense = unpack(weight, torch.float32) if is_packed(weight) else weight.to(torch.float32, copy=True)
         for function in (self.weight_patches, self.hook_patches, *self.weight_wrappers):
             if function is not None:
                 dense = function(dense)

@@ -35,11 +35,9 @@ class SideBranch:
         start = 0
         for part in factors:
             stop, (rows, columns) = start + len(part.down), (len(part.up), part.down.shape[1])
-            up = part.up.to(device, torch.float32, non_blocking=True) * part.scale
+            up = part.up.to(device, torch.float32) * part.scale
             self.up[part.row : part.row + rows, start:stop] = up
-            self.down[start:stop, part.column : part.column + columns] = part.down.to(
-                device, non_blocking=True
-            )
+            self.down[start:stop, part.column : part.column + columns] = part.down.to(device)
             start = stop
         self.nbytes = self.up.nbytes + self.down.nbytes
 

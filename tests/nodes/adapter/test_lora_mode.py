@@ -229,6 +229,26 @@ def test_factors_follow_the_compute_dtype_of_the_clone(sd3: Any, model: Any) -> 
     assert torch.equal(model.run(patched), exact)
 
 
+def test_a_weight_that_comfyui_hands_over_decoded(sd3: Any, model: Any) -> None:
+    """Where another node has a function on the weight, or dynamic VRAM meets a layer on the CPU."""
+    from snug.nodes.adapter.packed_module import set_compute_dtype
+
+    packed, _ = sd3
+    outputs = {}
+    for mode in (MERGE, BRANCH):
+        patched = model.with_lora(with_mode(packed, mode), model.make_lora(packed.model, 1))
+        patched.set_model_compute_dtype(torch.bfloat16)
+        set_compute_dtype(patched.model, torch.bfloat16)
+        load_whole(patched)
+        plain = model.run(patched).float()
+        for layer in layers_of(patched, model).values():
+            layer.weight_function = [lambda weight: weight * 1.0]
+        outputs[mode] = model.run(patched).float()
+        assert model.relative_error(outputs[mode], plain) < 0.02
+        release(patched)
+    assert model.relative_error(*outputs.values()) < 0.02
+
+
 # ---- other kinds of adapters -----------------------------------------------------------------------------------
 
 

@@ -305,6 +305,22 @@ def test_what_another_node_has_set_is_sliced(load: Any) -> None:
     assert max(queries) == -(-whole // 4)
 
 
+def test_a_second_node_keeps_what_it_does_not_set(load: Any, called: list[tuple[str, int]]) -> None:
+    plain = load("sd3", "Q4_0")
+    run(precise(plain, attention_backend="pytorch"), "sd3")
+    tokens = max(tokens for _, tokens in called)
+
+    def calls(first: dict[str, str], second: dict[str, str]) -> tuple[set[str], int]:
+        called.clear()
+        run(precise(precise(plain, **first), **second), "sd3")
+        return {name for name, _ in called}, -(-tokens // max(queries for _, queries in called))
+
+    slices, backend = {"attention_slicing": "4"}, {"attention_backend": "sub_quad"}
+    assert calls(slices, backend) == calls(backend, slices) == ({"sub_quad"}, 4)
+    assert calls({**backend, **slices}, {"attention_slicing": "2"}) == ({"sub_quad"}, 2)
+    assert calls({**backend, **slices}, {"attention_slicing": "auto"}) == ({"split"}, 1)
+
+
 def test_what_cannot_be_is_said(load: Any) -> None:
     from snug.quant_backends.core.errors import SnugError
 
