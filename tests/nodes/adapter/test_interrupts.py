@@ -56,6 +56,7 @@ def as_in_a_workflow(comfy: Any, transfers: Transfers) -> Iterator[None]:
     assert host_bytes_in_use() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "setting", "chain"),
     [
