@@ -32,8 +32,8 @@ def requantize(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
     if not isinstance(fmt, ScaledElements) or fmt.block != (0, 0) or scale is None or scale.item() == 1:
         return quantize_packed(values, fmt)
     # `quantize_packed` casts to float8 as it is; a weight with a scale of its own would lose its small values.
-    largest = values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    new_scale = (largest / torch.finfo(fmt.data_dtype).max).to(scale.dtype).view_as(scale)
+    new_scale = (values.abs().amax() / torch.finfo(fmt.data_dtype).max).to(scale.dtype).view_as(scale)
+    new_scale.clamp_(min=torch.finfo(scale.dtype).tiny)  # zeros need any scale but zero
     scaled = quantize_packed(values / new_scale.float(), fmt)
     return PackedTensor(scaled.data, fmt, scaled.shape, {"scale": new_scale})
 

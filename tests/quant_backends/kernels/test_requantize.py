@@ -50,6 +50,15 @@ def test_a_float8_tensor_keeps_its_kind_of_scale(name: str, scale_dtype: torch.d
     assert torch.equal(dequantize_packed(plain), values.to(fmt.data_dtype).float())
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [0, 1e-5])
+def test_a_float8_tensor_of_zeros_or_next_to_them(size: float, scale_dtype: torch.dtype) -> None:
+    fmt, values = scaled_format("float8_e4m3fn-tensor"), weights(16, 64) * size
+    parts = {"scale": torch.full((), 0.5, dtype=scale_dtype)}
+    like = PackedTensor(torch.zeros(16, 64).to(fmt.data_dtype), fmt, (16, 64), parts)
+    assert torch.allclose(dequantize_packed(requantize(values, like)), values, atol=size / 5)
+
+
 @pytest.mark.parametrize("name", ["int8-rows", "int8-rows-scb", "int8-rows-zero"])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
 def test_int8_rows(name: str, scale_dtype: torch.dtype) -> None:
