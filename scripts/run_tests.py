@@ -2,6 +2,8 @@
 """The whole test suite, linters included, in the environment that bootstrap.py prepares.
 
 ./test [--comfyui PATH] [pytest arguments]
+
+Test files run side by side, one process for each core; `-n 0` runs them in one process.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import sys
 
 from bootstrap import ROOT, prepare
 from console import ScriptError, say
+
+# A process with ComfyUI and a server of its own take about 3 GB.
+MOST_PROCESSES = 4
 
 
 def main() -> int:
@@ -26,7 +31,9 @@ def main() -> int:
     except ScriptError as error:
         say(f"error: {error}")
         return 1
+    processes = min(os.cpu_count() or 1, MOST_PROCESSES)
     variables = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
         **os.environ,
         **environment.variables(),
         "OMP_WAIT_POLICY": "passive",
@@ -35,7 +42,9 @@ def main() -> int:
     }
     # The pytest program, not "python -m pytest", which would put the checkout on sys.path.
     pytest = environment.python.with_name("pytest.exe" if os.name == "nt" else "pytest")
-    command = [str(pytest), "-o", f"cache_dir={environment.cache / 'pytest'}", *pytest_arguments]
+    command = [str(pytest), "-o", f"cache_dir={environment.cache / 'pytest'}", "-n", str(processes)]
+    # Tests of one file share what they have set up.
+    command += ["--dist", "loadfile", *pytest_arguments]
     return subprocess.run(command, cwd=ROOT, env=variables).returncode
 
 
