@@ -75,6 +75,24 @@ class OffloadPatcher(_Base):
             result = super().load(device_to, lowvram_model_memory, force_patch_weights, full_load, **options)
             self._limit_pages()
             return result
+        try:
+            self._load_streamed(device_to, lowvram_model_memory, force_patch_weights, full_load, **options)
+        except BaseException as error:
+            if not isinstance(
+                error, Exception
+            ):  # core unloads after errors; interruptions are none in newer ones
+                self.detach()
+            raise
+        return None
+
+    def _load_streamed(
+        self,
+        device_to: Any,
+        lowvram_model_memory: float,
+        force_patch_weights: bool,
+        full_load: bool,
+        **options: Any,
+    ) -> None:
         streaming = self.offloading.streaming(self.model)
         if streaming is not None:
             streaming.uninstall()
@@ -82,11 +100,11 @@ class OffloadPatcher(_Base):
         plan = self.offloading.plan(self.model, units)
         layers = {place.module for index in plan.streamed for place in units[index].places}
         mark_streamed(self.model, layers)
+        self._unpin_streamed()
         with self._showing(layers, True):
             if any(getattr(layer, "comfy_patched_weights", False) for layer in layers):
                 super().partially_unload(self.offload_device, WHOLE)  # another clone has loaded them
             super().load(device_to, 0, force_patch_weights, False, **options)
-        self.offloading.loaded_by = id(self)
         slots = self.offloading.stream(self.model, units, plan, self.load_device)
         with self._showing(layers, False):
             memory = WHOLE if full_load else max(lowvram_model_memory - slots, 1)
@@ -94,7 +112,6 @@ class OffloadPatcher(_Base):
         self._load_loose_parameters(layers)
         self.model.model_lowvram = True
         self.model.model_loaded_weight_memory += slots + self._load_patches(layers)
-        return None
 
     def _attach_patches(self, *args: Any) -> None:
         """Patches of packed layers: once, when everything is loaded."""
@@ -136,6 +153,7 @@ class OffloadPatcher(_Base):
             return super().partially_load(device_to, *args, **kwargs)
         self.model.model_lowvram = True  # else core loads nothing where another clone has loaded everything
         loaded = super().partially_load(device_to, *args, **kwargs)
+        self.offloading.loaded_by, self.offloading.passes_on = id(self), False
         streaming = self.offloading.streaming(self.model)
         if streaming is not None:  # core may have taken memory back instead of loading
             streaming.install()
@@ -155,8 +173,7 @@ class OffloadPatcher(_Base):
         return super().unpatch_model(device_to, unpatch_weights)
 
     def detach(self, unpatch_all: bool = True) -> Any:
-        is_loaded = self.offloading.loaded_by == id(self)
-        if unpatch_all or (is_loaded and not self.offloading.passes_on):
+        if unpatch_all or not self.offloading.passes_on:
             self.offloading.close(self.model)
             mark_streamed(self.model, ())
         self._pause()
@@ -171,8 +188,9 @@ class OffloadPatcher(_Base):
     def __del__(self) -> None:
         """Core detaches patchers that nobody needs any more; clones of this one may."""
         if ATTACHMENT in self.__dict__.get("attachments", ()):
-            self.offloading.passes_on = True
+            passes_on, self.offloading.passes_on = self.offloading.passes_on, True
             super().__del__()
+            self.offloading.passes_on = passes_on
 
     def _pause(self) -> None:
         """Takes the streaming off the model, so that its weights are what ComfyUI knows, until it is loaded again."""
@@ -195,6 +213,33 @@ class OffloadPatcher(_Base):
         layer = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
         if not is_streamed(layer):
             super().pin_weight_to_device(key)
+
+    def _unpin_streamed(self) -> None:
+        """Those that core has pinned one by one, before they move into the slab: memory that is freed while it is
+        pinned stays registered with the driver, and copies from what is allocated there next go wrong.
+        """
+        for key in list(self.pinned):
+            if is_streamed(comfy.utils.get_attr(self.model, key.rpartition(".")[0])):
+                self.unpin_weight(key)
+
+    # ---- hooks: patches for a part of the steps or of the conditioning -------------------------------------------
+
+    def patch_hooks(self, hooks: Any) -> None:
+        super().patch_hooks(hooks)
+        if self.hook_backup:
+            self._copy_anew()
+
+    def unpatch_hooks(self, *args: Any, **kwargs: Any) -> None:
+        are_patched = bool(self.hook_backup)
+        super().unpatch_hooks(*args, **kwargs)
+        if are_patched:
+            self._copy_anew()
+
+    def _copy_anew(self) -> None:
+        """Core has written into weights, in place: what is on the device, or on its way, is out of date."""
+        streaming = self.offloading.streaming(self.model)
+        if streaming is not None:
+            streaming.copy_anew()
 
     # ---- what core sees while it loads -------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class Streaming:
         self.plan = plan
         self._model = model
         self._on_copied: Callable[[int], None] | None = on_copied
-        self._in_slots: dict[tuple[int, int], list[torch.nn.Parameter]] = {}
+        self._in_slots: dict[tuple[int, ...], list[torch.nn.Parameter]] = {}
         self._running: int | None = None
         self._replaced: list[Place] = []
         self._order: list[int] = []
@@ -69,7 +69,8 @@ class Streaming:
         self._knows_order = False
         self._wrapped: list[LayerForward] = []
         self._hooked: list[torch.nn.Module] = []
-        streamed = [tensor for index in plan.streamed for tensor in self.units[index].tensors]
+        self._streamed = plan.streamed
+        streamed = [tensor for index in self._streamed for tensor in self.units[index].tensors]
         if isinstance(transfer, SlabTransfer) and not any(map(FileBacked().__contains__, streamed)):
             transfer.on_staged = self._keep_in_slab  # else the weights would be in memory twice
         self._offload = GroupOffload(plan, self._source, transfer)
@@ -88,7 +89,7 @@ class Streaming:
         """Whether the bytes that are streamed are those of `units`; if so, their parameters are taken over."""
         if not self.is_open or plan != self.plan or len(units) != len(self.units):
             return False
-        for index in plan.streamed:
+        for index in self._streamed:
             mine, others = self.units[index].tensors, units[index].tensors
             if [tensor.data_ptr() for tensor in mine] != [tensor.data_ptr() for tensor in others]:
                 return False
@@ -100,6 +101,10 @@ class Streaming:
         """Starts the copies for the first blocks, before they are asked for."""
         self._offload.prefetch()
 
+    def copy_anew(self) -> None:
+        """Weights have changed where they are: copies of them are made again before they are used."""
+        self._offload.copy_anew()
+
     # ---- around a unit ---------------------------------------------------------------------------------------
 
     def before(self, index: int) -> None:
@@ -107,11 +112,14 @@ class Streaming:
         self.restore()  # of a unit that was broken off
         self._notice(index)
         self._running = index
-        if not self.is_open or index not in self.plan.streamed:
+        if not self.is_open or index not in self._streamed:
             return
         tensors = self._offload.acquire(index)
         unit = self.units[index]
-        key = (index, tensors[0].data_ptr())
+        key = (
+            index,
+            *(tensor.data_ptr() for tensor in tensors),
+        )  # not the first alone: empty ones have no address
         if key not in self._in_slots:
             self._in_slots[key] = [place.over(part) for place, part in distribute(unit.places, tensors)]
         for place, parameter in zip(unit.places, self._in_slots[key], strict=True):
@@ -172,6 +180,8 @@ class Streaming:
 
     def uninstall(self) -> None:
         self.restore()
+        if not self._hooked and not self._wrapped:
+            return  # what is on the modules now is another one's
         for block in self._hooked:
             for hooks in (block._forward_pre_hooks, block._forward_hooks, block._forward_hooks_always_called):
                 hooks.pop(_HOOK, None)

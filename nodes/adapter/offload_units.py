@@ -48,13 +48,16 @@ class Place:
             return torch.nn.Parameter(moved, requires_grad=False)
 
     def keep_in(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Lets the module keep the same weight in other memory from now on."""
-        self.original = self.over(tensors)
-        self.module._parameters[self.name] = self.original
+        """Lets the module keep the same weight in other memory from now on; not in place of another weight."""
+        if self.is_current:
+            self.original = self.over(tensors)
+            self.module._parameters[self.name] = self.original
 
     @property
     def is_current(self) -> bool:
-        """Whether the module still has the parameter that is streamed; weight hooks put others in its place."""
+        """Whether the module still has the parameter that is streamed; core puts others in its place to merge patches
+        into them for saving.
+        """
         return self.module._parameters.get(self.name) is self.original
 
 

@@ -45,8 +45,8 @@ class Offloading:
 
     def __init__(self, settings: OffloadSettings) -> None:
         self.settings = settings
-        self.loaded_by: int | None = None  # id of the patcher that was loaded last
-        self.passes_on = False  # the next patcher to be loaded is one of ours, too
+        self.loaded_by: int | None = None  # id of the patcher that is loaded, or was the last one
+        self.passes_on = False  # what is detached goes to another patcher of ours
         self._streams: weakref.WeakKeyDictionary[torch.nn.Module, Streaming] = weakref.WeakKeyDictionary()
         self._plans: dict[tuple[int, tuple[Block, ...]], OffloadPlan] = {}
         weakref.finalize(self, _close_all, self._streams).atexit = False
@@ -80,7 +80,6 @@ class Offloading:
 
     def stream(self, model: torch.nn.Module, units: Sequence[Unit], plan: OffloadPlan, device: Any) -> int:
         """Starts to stream, or goes on. Returns what the slots take on the device."""
-        self.passes_on = False
         streaming = self._streams.get(model)
         if streaming is None or not streaming.is_of(units, plan):
             self.close(model)
@@ -113,7 +112,11 @@ class Offloading:
 def move_to_disk(places: Sequence[Place]) -> None:
     """Puts weights that come from no file into one in ComfyUI's temporary folder. Raises SnugError when it is full."""
     file_backed = FileBacked()
-    places = [place for place in places if not all(map(file_backed.__contains__, place.tensors))]
+    places = [
+        place
+        for place in places
+        if place.is_current and not all(map(file_backed.__contains__, place.tensors))
+    ]
     folder = Path(folder_paths.get_temp_directory())
     folder.mkdir(parents=True, exist_ok=True)
     spilled = spill([tensor for place in places for tensor in place.tensors], folder)

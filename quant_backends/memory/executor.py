@@ -78,6 +78,10 @@ class GroupOffload:
         if self.is_open and group is not None and block == self.plan.groups[group].blocks[-1]:
             self._hold_from(group + 1)
 
+    def copy_anew(self) -> None:
+        """The weights have changed: what was copied is not used again, but copied when it is asked for."""
+        self._in_slot = [None] * self.plan.slots
+
     @property
     def is_open(self) -> bool:
         return self._source is not None
@@ -99,7 +103,8 @@ class GroupOffload:
         free = [slot for slot, group in enumerate(self._in_slot) if group not in wanted]
         missing = [group for group in wanted if group not in self._in_slot]
         for slot, group in zip(free, missing, strict=True):
-            self._transfer.release(slot)
+            self._in_slot[slot] = None  # until the copy is under way
             self._waited.discard(slot)
-            self._in_slot[slot] = group
+            self._transfer.release(slot)
             self._transfer.copy(group, slot)
+            self._in_slot[slot] = group

@@ -65,7 +65,8 @@ class SimulatedTransfer(SlabTransfer):
         self.clock = device
         self.most_ahead = 0
         self.waits = 0
-        self._copied: dict[int, tuple[int, float]] = {}  # by slot: the group, and when its copy ends
+        # By slot: the group, when its copy ends, and its bytes as they were when the copy began.
+        self._copied: dict[int, tuple[int, float, torch.Tensor]] = {}
         self._waited: set[int] = set()
         self._released: dict[int, float] = {}
 
@@ -73,11 +74,11 @@ class SimulatedTransfer(SlabTransfer):
         assert slot not in self._copied, f"slot {slot} is copied into before it was released"
         source = self._staged(group, slot)
         self._slots[slot].fill_(POISON)
-        self._copied[slot] = (group, self.clock.copy(group, source.numel(), self._released.get(slot, 0.0)))
+        ends = self.clock.copy(group, source.numel(), self._released.get(slot, 0.0))
+        self._copied[slot] = (group, ends, source.clone())
 
     def wait(self, slot: int) -> None:
-        group, copied = self._copied[slot]
-        source = self._staged(group, slot)
+        group, copied, source = self._copied[slot]
         self._slots[slot].narrow(0, 0, source.numel()).copy_(source)
         self.waits += 1
         self._waited.add(slot)
