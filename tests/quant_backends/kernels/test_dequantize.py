@@ -139,7 +139,9 @@ def test_anything_but_contiguous_bytes_is_refused(data: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "out", [torch.empty(33), torch.empty(32, dtype=torch.float16), torch.empty(64)[::2]], ids=str
+    "out",
+    [torch.empty(33), torch.empty(32, dtype=torch.float16), torch.empty(64)[::2]],
+    ids=["size", "dtype", "strides"],
 )
 def test_an_output_that_does_not_fit_is_refused(out: torch.Tensor) -> None:
     with pytest.raises(SnugError, match=r"output must be a contiguous torch.float32 tensor of shape \(32,\)"):
