@@ -247,6 +247,8 @@ def test_report(sd3: Any, model: Any) -> None:
     assert "none (off)" in set_mode(patched, "automatic", False)[1]
     assert "no LoRA here" in set_mode(packed, BRANCH)[1]
     assert "changes nothing" in set_mode(dense, BRANCH)[1]
+    assert "behind the LoRA nodes to bake them in" in set_mode(packed, BAKE)[1]
+    assert "behind the LoRA nodes" not in set_mode(patched, BAKE)[1]
     assert (
         "patched weights are not quantized"
         in set_mode(model.with_lora(dense, model.make_lora(packed.model, 1)), BRANCH)[1]
