@@ -1,7 +1,8 @@
 """A device that exists in time only: copies and computing take what they would, on a clock of their own.
 
-It runs the same executor as a real device, for tests and for what-if tables. Bytes do move, on the CPU, and as
-late as a real device might move them: whoever reads a slot without waiting for it finds poison there.
+It runs the same executor as a real device, for tests and for what-if tables. Bytes do move, on the CPU. They
+are read as early and arrive as late as on a real device: whoever reads a slot without waiting for it finds poison
+there, and who writes to weights that are on their way is not heard.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 
 from .executor import GroupOffload
 from .plan import LINK_BYTES_PER_SECOND, WARM_UP_STEPS, OffloadPlan
+from .slab import Source
 from .transfer import SlabTransfer
 
 POISON = 0xA5
@@ -65,21 +67,26 @@ class SimulatedTransfer(SlabTransfer):
         self.clock = device
         self.most_ahead = 0
         self.waits = 0
-        # By slot: the group, when its copy ends, and its bytes as they were when the copy began.
-        self._copied: dict[int, tuple[int, float, torch.Tensor]] = {}
+        self._copied: dict[int, tuple[int, float]] = {}  # by slot: the group, and when its copy ends
+        self._on_the_way: list[torch.Tensor] = []  # by slot: the bytes as they were when the copy began
         self._waited: set[int] = set()
         self._released: dict[int, float] = {}
+
+    def open(self, plan: OffloadPlan, source: Source) -> None:
+        super().open(plan, source)
+        self._on_the_way = [torch.empty_like(slot) for slot in self._slots]
 
     def copy(self, group: int, slot: int) -> None:
         assert slot not in self._copied, f"slot {slot} is copied into before it was released"
         source = self._staged(group, slot)
         self._slots[slot].fill_(POISON)
-        ends = self.clock.copy(group, source.numel(), self._released.get(slot, 0.0))
-        self._copied[slot] = (group, ends, source.clone())
+        self._on_the_way[slot][: source.numel()] = source
+        self._copied[slot] = (group, self.clock.copy(group, source.numel(), self._released.get(slot, 0.0)))
 
     def wait(self, slot: int) -> None:
-        group, copied, source = self._copied[slot]
-        self._slots[slot].narrow(0, 0, source.numel()).copy_(source)
+        group, copied = self._copied[slot]
+        nbytes = self._plan.groups[group].nbytes
+        self._slots[slot][:nbytes] = self._on_the_way[slot][:nbytes]
         self.waits += 1
         self._waited.add(slot)
         self.most_ahead = max(self.most_ahead, len(self._copied) - len(self._waited))
@@ -89,6 +96,10 @@ class SimulatedTransfer(SlabTransfer):
         self._copied.pop(slot, None)
         self._waited.discard(slot)
         self._released[slot] = self.clock.now
+
+    def close(self) -> None:
+        self._on_the_way.clear()
+        super().close()
 
 
 def simulate(plan: OffloadPlan) -> float:

@@ -46,8 +46,8 @@ class HostBuffer:
         new = existing is None
         self.bytes = host_memory.empty((nbytes,), torch.uint8, torch.device("cpu")) if new else existing
         self._unpin: weakref.finalize[..., HostBuffer] | None = None
-        if pin_for is not None and nbytes:
-            self._pin(pin_for)
+        if pin_for is not None:
+            self.pin(pin_for)
         _open_buffers.add(self)
 
     @property
@@ -61,9 +61,10 @@ class HostBuffer:
             self._unpin()
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
-    def _pin(self, device: torch.device) -> None:
+    def pin(self, device: torch.device) -> None:
+        """Takes all of the memory at once, where it was not used before."""
         module = torch.get_device_module(device)
-        if not hasattr(module, "cudart"):
+        if not hasattr(module, "cudart") or not self.bytes.numel():
             return
         runtime, address, nbytes = module.cudart(), self.bytes.data_ptr(), self.bytes.numel()
         if int(runtime.cudaHostRegister(address, nbytes, PORTABLE)) == 0:

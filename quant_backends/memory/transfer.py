@@ -116,13 +116,15 @@ class SlabTransfer:
 
     def _host_buffer(self, plan: OffloadPlan, layout: GroupLayout) -> HostBuffer:
         existing = layout.slab_of_before()
-        slab = HostBuffer(plan.slab_bytes, self._pin_for, existing)
+        slab = HostBuffer(plan.slab_bytes, existing=existing)
         for number, group in enumerate(plan.groups if existing is None else ()):
             group_bytes = slab.bytes.narrow(0, group.offset, group.nbytes)
             layout.fill(number, group_bytes)
             for block in group.blocks:
                 if self.on_staged is not None:
                     self.on_staged(block, layout.views(block, group_bytes))
+        if self._pin_for is not None:  # now that weights which moved have left the memory where they were
+            slab.pin(self._pin_for)
         return slab
 
     def _staged(self, group: int, slot: int) -> torch.Tensor:

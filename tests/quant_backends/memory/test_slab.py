@@ -16,6 +16,7 @@ from snug.quant_backends.memory.executor import GroupOffload
 from snug.quant_backends.memory.plan import ALIGNMENT, Block, make_plan
 from snug.quant_backends.memory.simulated import SimulatedDevice, SimulatedTransfer
 from snug.quant_backends.memory.slab import GroupLayout, HostBuffer, host_bytes_in_use
+from snug.quant_backends.memory.transfer import SlabTransfer
 from snug.quant_backends.readers.safetensors_file import SafetensorsFile
 
 FORMATS = (
@@ -118,6 +119,24 @@ def test_pinned_memory_is_given_back_also_by_who_forgets_to_close(monkeypatch: p
     gc.collect()
     assert runtime.pinned == {}
     assert host_bytes_in_use(pinned_only=True) == before
+
+
+def test_weights_move_in_before_the_memory_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinning takes all of the memory at once: before, the weights would be there twice."""
+    runtime = FakeRuntime(room=1 << 20)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: runtime)
+    transfer = SlabTransfer(torch.device("cpu"), pin=True)
+    pinned_after: list[bool] = []
+    transfer.on_staged = lambda *_: pinned_after.append(bool(runtime.pinned))
+    tensors = [torch.ones(100), torch.ones(50)]
+    offload = GroupOffload(
+        make_plan([Block("block", (tensor.nbytes,)) for tensor in tensors]),
+        lambda block: [tensors[block]],
+        transfer,
+    )
+    assert transfer.is_pinned and pinned_after == [False, False]
+    offload.close()
+    assert runtime.pinned == {}
 
 
 def test_where_pinning_fails_memory_stays_pageable(
