@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.model_management
 import torch
 
 from ...quant_backends.core.packed import PackedTensor
@@ -17,6 +18,9 @@ from ...quant_backends.kernels.requantize import can_requantize, requantize
 from .core_float8 import is_plain_float8, packed_weight
 from .patches import WeightPatches
 from .reweight import replaceable_layers, reweight
+
+# On a GPU: the weight before and after in float32, ComfyUI's product and its scaled copy, and what encoding takes.
+_BYTES_PER_WEIGHT = 24
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,20 @@ def bake(patcher: Any) -> tuple[Any, Baking]:
 
     Patches that could not be baked are still patches of the result; the given model is not changed.
     """
+    make_room(patcher.model, patcher.load_device)
     baking = Baking(patcher.patches, shared_weights(patcher.model), patcher.load_device)
     new = reweight(patcher, baking)
     for layer in baking.baked:
         del new.patches[f"{layer.name}.weight"]
     new.patches_uuid = uuid.uuid4()
     return new, baking
+
+
+def make_room(model: torch.nn.Module, device: torch.device) -> None:
+    """Lets ComfyUI take other models off a GPU, which it fills, where the largest layer would not fit beside them."""
+    if device.type == "cuda":
+        largest = max((layer.weight.numel() for _, layer in replaceable_layers(model)), default=0)
+        comfy.model_management.free_memory(largest * _BYTES_PER_WEIGHT, device)
 
 
 def shared_weights(model: torch.nn.Module) -> frozenset[str]:

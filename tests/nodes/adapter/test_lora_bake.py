@@ -151,6 +151,20 @@ def test_baking_can_be_cancelled(sd3: Any, model: Any) -> None:
     assert torch.equal(model.run(patched, load=True), before)
 
 
+def test_other_models_make_room_on_a_gpu(sd3: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import comfy.model_management as management
+    from snug.nodes.adapter.lora_bake import make_room
+
+    asked: list[tuple[float, str]] = []
+    monkeypatch.setattr(
+        management, "free_memory", lambda nbytes, device, **_: asked.append((nbytes, device.type))
+    )
+    largest = max(layer.weight.numel() for layer in packed_layers(sd3[0], model).values())
+    for kind in ("cpu", "cuda"):
+        make_room(sd3[0].model, torch.device(kind))
+    assert asked == [(largest * 24, "cuda")]
+
+
 # ---- ComfyUI's plain float8 -------------------------------------------------------------------------------------
 
 
