@@ -59,7 +59,7 @@ def _weight_and_bias(
     layer = _in_use[int(number)].layer
     bring(layer)
     with _cast(layer, x) as (weight, bias):
-        if is_packed(weight):
+        if is_packed(weight) or (isinstance(layer, PackedWeightModule) and layer.patched()):
             found = [layer.dense_weight(weight, x.dtype)]
         else:
             found = [weight.to(x.dtype, memory_format=torch.contiguous_format, copy=True)]

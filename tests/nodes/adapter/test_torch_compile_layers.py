@@ -140,3 +140,22 @@ def test_weights_that_hooks_bring(scope: str, sd3: Any) -> None:
         handle.remove()
     with compiles(0 if scope == REGIONAL else 1):  # that they are there is part of what has been traced
         assert torch.equal(predict(patcher, "sd3"), wanted)
+
+
+def test_lora_on_a_weight_that_comfyui_hands_over_decoded(sd15: Any, model: Any) -> None:
+    """Where another node has a function on the weight, or dynamic VRAM meets a layer on the CPU."""
+    from snug.nodes.adapter.compiled_layers import OpaqueConv, replaced_forwards
+
+    plain, _ = sd15
+    patched = model.with_lora(plain, model.make_lora(plain.model, 1))
+    load_whole(patched)
+    layer = next(
+        layer for _, layer in model.packed_modules(patched.model) if isinstance(layer, torch.nn.Conv2d)
+    )
+    x = torch.randn(1, layer.in_channels, 8, 8)
+    wanted = layer(x)
+    layer.weight_function = [lambda weight: weight * 1.0]
+    assert torch.allclose(layer(x), wanted, atol=TOLERANCE)
+    with replaced_forwards([OpaqueConv(layer)]):
+        assert torch.allclose(layer(x), wanted, atol=TOLERANCE)
+    layer.weight_function = []
