@@ -77,7 +77,8 @@ class PackedWeightModule(torch.nn.Module):
     def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The patched weight that is kept decoded, if nothing else is to be applied to it."""
         kept = None if self.weight_patches is None else self.weight_patches.kept
-        if kept is None or kept.dtype != dtype or self.hook_patches or self.weight_wrappers:
+        others = self.hook_patches or self.weight_wrappers or self.weight_function
+        if kept is None or kept.dtype != dtype or others:
             return None
         return kept
 

@@ -332,6 +332,24 @@ def test_kept_weights_are_counted_and_given_back(
     assert patched.loaded_size() == loaded
 
 
+def test_another_nodes_function_on_a_weight_that_is_kept_merged(sd3: Any, model: Any) -> None:
+    packed, _ = sd3
+    loha = make_adapter("LoHa", shapes_of(packed, model))
+    outputs = []
+    for cache in (False, True):
+        patched = adapted(with_mode(packed, MERGE, cache), loha)
+        load_whole(patched)
+        layers = layers_of(patched, model).values()
+        assert (
+            any(layer.weight_patches and layer.weight_patches.kept is not None for layer in layers) == cache
+        )
+        for layer in layers:
+            layer.weight_function = [lambda weight: weight * 1.5]
+        outputs.append(model.run(patched))
+        release(patched)
+    assert model.relative_error(*outputs) < TOLERANCE
+
+
 def test_changed_patches_are_not_taken_from_the_cache(sd3: Any, model: Any) -> None:
     packed, dense = sd3
     tensors = make_adapter("LoKr", shapes_of(packed, model))
