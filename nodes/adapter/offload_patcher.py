@@ -123,10 +123,12 @@ class OffloadPatcher(_Base):
 
         ComfyUI copies them whenever they are used, which would wait for the groups of weights that are on their way.
         """
+        lists = [
+            getattr(layer, name, []) for layer in layers for name in ("weight_function", "bias_function")
+        ]
         found = [
             (patched, number, function)
-            for layer in layers
-            for patched in (getattr(layer, "weight_function", []), getattr(layer, "bias_function", []))
+            for patched in lists
             for number, function in enumerate(patched)
             if is_low_vram_patch(function) and getattr(function, "set_func", None) is None
         ]
@@ -137,7 +139,7 @@ class OffloadPatcher(_Base):
                 for patched, number, function in found:
                     patches = self.patches[function.key]
                     patched[number] = WeightPatches(function.key, patches, self.load_device)
-        functions = (function for layer in layers for function in getattr(layer, "weight_function", []))
+        functions = (function for patched in lists for function in patched)
         return sum(function.nbytes for function in functions if isinstance(function, WeightPatches))
 
     def _load_loose_parameters(self, streamed: set[torch.nn.Module]) -> None:

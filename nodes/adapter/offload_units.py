@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import comfy.quant_ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
@@ -13,6 +14,9 @@ from ...quant_backends.memory.plan import Block, aligned
 
 BLOCK = "block"
 LEAF = "leaf"
+
+# Those that consist of plain tensors; ComfyUI 0.3.75 has a class of its own.
+_QUANTIZED: Any = (QuantizedTensor, comfy.quant_ops.QuantizedTensor)
 
 # Attribute of a layer whose weights are streamed.
 _IS_STREAMED = "snug_is_streamed"
@@ -39,12 +43,11 @@ class Place:
         """
         weight: Any = self.original
         with torch.inference_mode(weight.is_inference()):
-            if not isinstance(weight, QuantizedTensor):
+            if not isinstance(weight, _QUANTIZED):
                 return torch.nn.Parameter(tensors[0], requires_grad=False)
-            data, *parts = tensors
-            names = _tensor_fields(weight)
-            params = dataclasses.replace(weight.params, **dict(zip(names, parts, strict=True)))
-            moved = QuantizedTensor(data, weight._layout_cls, params)
+            names, form = weight.__tensor_flatten__()
+            parts = dict(zip(names, tensors, strict=True))
+            moved = weight.__tensor_unflatten__(parts, form, weight.shape, weight.stride())
             return torch.nn.Parameter(moved, requires_grad=False)
 
     def keep_in(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -181,13 +184,9 @@ def _places(block: torch.nn.Module) -> Iterator[Place]:
 
 def _plain_tensors(parameter: Any) -> tuple[torch.Tensor, ...] | None:
     """None for the tensor classes of other packs, which ComfyUI moves as it does without offloading."""
-    if isinstance(parameter, QuantizedTensor):
-        return (parameter._qdata, *(getattr(parameter.params, name) for name in _tensor_fields(parameter)))
+    if isinstance(parameter, _QUANTIZED):
+        names, _ = parameter.__tensor_flatten__()
+        return tuple(getattr(parameter, name) for name in names)
     if type(parameter) is torch.nn.Parameter and not parameter.is_meta:
         return (parameter.data,)
     return None
-
-
-def _tensor_fields(weight: QuantizedTensor) -> list[str]:
-    params = weight.params
-    return [name for name in params._tensor_fields() if isinstance(getattr(params, name), torch.Tensor)]

@@ -40,7 +40,7 @@ class FileBacked:
 
 
 def spill(tensors: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:
-    """The same tensors (on the CPU, any dtypes and shapes) in a temporary file in `folder`, mapped into memory.
+    """The same tensors (of any dtypes and shapes, on any device) in a temporary file in `folder`, mapped into memory.
 
     The file is gone with the last of the tensors; where open files cannot be deleted (Windows) it stays until
     `folder` is emptied. Raises SnugError when the disk has no room for it.
@@ -56,7 +56,7 @@ def spill(tensors: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:
         path = Path(file.name)
         try:
             for tensor, size in zip(tensors, sizes, strict=True):
-                tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
+                tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
                 file.write(bytes(size - tensor.nbytes))
         except BaseException as error:
             file.close()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from quantized_files import dense_tensors, quantize_tensors
 from safetensors.torch import load_file, save_file
+from simulated_transfers import simulate_transfers
 from tiny import make_tiny_model
 
 
@@ -59,3 +60,27 @@ def test_a_format_that_no_one_here_knows(comfy: Any, tmp_path: Path) -> None:
     save_file({"joint_blocks.0.weight": torch.zeros(4, 4, dtype=torch.int8)}, path, metadata=metadata)
     with pytest.raises(FileFormatError, match="int1_of_2031.* does not know yet; update ComfyUI"):
         load_diffusion_model(str(path))
+
+
+def test_blocks_are_streamed_quantized(
+    files: tuple[Path, Path], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from snug.nodes.adapter.group_offload import OffloadSettings, offload_model
+    from snug.nodes.adapter.loading import load_diffusion_model
+
+    transfers = simulate_transfers(monkeypatch)
+    plain = load_diffusion_model(str(files[0]))
+    wanted = model.run(plain, load=True)
+    streamed, _ = offload_model(plain, OffloadSettings())
+    assert torch.equal(model.run(streamed, load=True), wanted)
+    units = streamed.offloading.units(streamed.model)
+    plan = streamed.offloading.plan(streamed.model, units)
+    inside = sum(
+        weight.nbytes
+        for unit in units
+        for name, weight in unit.module.state_dict().items()
+        if "weight" in name
+    )
+    assert 0.9 * inside < plan.slab_bytes < 1.5 * inside
+    assert sum(event.kind == "copy" for event in transfers[-1].clock.events) >= len(units)
+    assert torch.equal(model.run(plain, load=True), wanted)
