@@ -52,15 +52,16 @@ class PackedPatcher(_Base):
 
     # ---- LoRA and other weight patches ---------------------------------------------------------------------
 
-    def _attach_patches(self, room: float = 0) -> None:
+    def _attach_patches(self, room: float = 0, on_device: bool = True) -> None:
         """Gives each packed layer the patches of its key and takes away what core has attached instead.
 
-        Safe to call at any time: what a layer already has is kept. room: bytes that patched weights may take decoded.
+        Safe to call at any time: what a layer already has is kept. room: bytes that patched weights may take decoded;
+        on_device: whether low-rank factors may be kept on the device, where they fit.
         """
         settings = lora_settings(self)
         compute_dtype = self.object_patches.get("manual_cast_dtype")
         modules = [(f"{name}.weight", module) for name, module in packed_modules(self.model)]
-        on_device = self._factors_fit(modules)
+        on_device = on_device and self._factors_fit(modules)
         for key, module in modules:
             wrappers = self.weight_wrapper_patches.get(key, [])
             module.weight_function = [
@@ -178,6 +179,9 @@ class PackedPatcher(_Base):
         freed = super().partially_unload(device_to, memory_to_free - dropped, *args, **kwargs)
         if not is_dynamic(self):  # there core only drops pages
             self._attach_patches()
+        elif self.model.model_loaded_weight_memory == 0:  # or everything: it takes the factors for freed, too
+            setattr(self.model, _FACTOR_BYTES, 0)
+            self._attach_patches(0, False)
         return dropped + freed
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:

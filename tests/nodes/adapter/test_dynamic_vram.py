@@ -89,6 +89,24 @@ def test_lora_modes_on_the_device(
     assert clone.model.model_loaded_weight_memory == 0
 
 
+@pytest.mark.parametrize("mode", ["merge while dequantizing", "side branch"])
+def test_what_core_takes_for_freed_is_freed(mode: str, dynamic: Any, model: Any) -> None:
+    from snug.nodes.adapter.lora_mode import set_lora_mode
+
+    clone, _ = set_lora_mode(dynamic, mode, True)
+    clone.partially_load(clone.load_device)
+    layers = [layer for _, layer in model.packed_modules(clone.model)]
+    counted, held = (
+        clone.model.model_loaded_weight_memory,
+        sum(layer.weight_patches.nbytes for layer in layers),
+    )
+    assert held and clone.partially_unload(torch.device("cpu"), 1e30) == counted
+    assert not sum(layer.weight_patches.nbytes for layer in layers)
+    assert clone.model.model_loaded_weight_memory == 0
+    clone.partially_load(clone.load_device)
+    assert clone.model.model_loaded_weight_memory == counted
+
+
 def test_unload_lets_go_of_the_lora(dynamic: Any, model: Any) -> None:
     dynamic.detach()
     assert not [name for name, m in model.packed_modules(dynamic.model) if m.weight_patches is not None]
