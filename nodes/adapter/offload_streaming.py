@@ -116,10 +116,8 @@ class Streaming:
             return
         tensors = self._offload.acquire(index)
         unit = self.units[index]
-        key = (
-            index,
-            *(tensor.data_ptr() for tensor in tensors),
-        )  # not the first alone: empty ones have no address
+        # Not the first address alone: empty tensors have none.
+        key = (index, *(tensor.data_ptr() for tensor in tensors))
         if key not in self._in_slots:
             self._in_slots[key] = [place.over(part) for place, part in distribute(unit.places, tensors)]
         for place, parameter in zip(unit.places, self._in_slots[key], strict=True):

@@ -96,6 +96,7 @@ class Offloading:
 
             streaming = self._streams[model] = Streaming(model, units, plan, transfer, on_copied)
         streaming.install()
+        streaming.copy_anew()  # others may have written into the weights since they were copied
         streaming.prefetch()
         return streaming.slot_bytes
 

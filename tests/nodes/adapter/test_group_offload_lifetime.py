@@ -134,3 +134,46 @@ def test_cancelling_leaves_the_model_unloaded(sd3: Any, model: Any) -> None:
     assert streamed_layers(streamed) == []
     assert streamed.loaded_size() == 0
     assert torch.equal(model.run(sd3[0], load=True), plain)
+
+
+def test_what_is_written_into_weights_between_runs_is_seen(sd3: Any, model: Any) -> None:
+    """Other nodes change weights in place, as ComfyUI does itself for some patchers."""
+    streamed = offloaded(sd3[1])
+    model.run(streamed, load=True)
+    unit = streamed.offloading.units(streamed.model)[0]
+    for place in unit.places:
+        place.original.data.mul_(0.5)
+    changed = model.run(streamed, load=True)
+    assert torch.equal(changed, model.run(sd3[1], load=True))
+
+
+def test_blocks_that_begin_with_an_empty_parameter(comfy: Any) -> None:
+    import comfy.ops
+    from snug.nodes.adapter.offload_streaming import Streaming
+    from snug.nodes.adapter.offload_units import BLOCK, offload_units
+    from snug.quant_backends.memory.plan import make_plan
+    from snug.quant_backends.memory.simulated import SimulatedDevice, SimulatedTransfer
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.nothing = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+            self.layer = comfy.ops.manual_cast.Linear(8, 8)
+            self.layer.weight.data.normal_()
+            self.layer.bias.data.normal_()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x)
+
+    network = torch.nn.Module()
+    network.blocks = torch.nn.ModuleList(Block() for _ in range(5))
+    x = torch.randn(1, 8)
+    wanted = [block(x) for block in network.blocks]
+    units = offload_units(network, BLOCK)
+    plan = make_plan([unit.block for unit in units], prefetch=1)
+    streaming = Streaming(network, units, plan, SimulatedTransfer(SimulatedDevice()), lambda _: None)
+    streaming.install()
+    for _ in range(3):  # an odd number of blocks: each is in both slots in turn
+        for block, output in zip(network.blocks, wanted, strict=True):
+            assert torch.equal(block(x), output)
+    streaming.close()
