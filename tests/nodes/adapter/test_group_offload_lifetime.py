@@ -177,3 +177,24 @@ def test_blocks_that_begin_with_an_empty_parameter(comfy: Any) -> None:
         for block, output in zip(network.blocks, wanted, strict=True):
             assert torch.equal(block(x), output)
     streaming.close()
+
+
+def test_memory_that_runs_out_while_slots_are_made(
+    sd3: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.model_management as management
+    from snug.quant_backends.memory.simulated import SimulatedTransfer
+
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    wanted = model.run(sd3[1], load=True)
+    streamed = offloaded(sd3[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(SimulatedTransfer, "_host_buffer", run_out)
+        with pytest.raises(torch.OutOfMemoryError):
+            management.load_models_gpu([streamed])
+    assert host_bytes_in_use() == 0
+    assert (streamed.loaded_size(), streamed_layers(streamed)) == (0, [])
+    for patcher in (streamed, sd3[1]):
+        assert torch.equal(model.run(patcher, load=True), wanted)

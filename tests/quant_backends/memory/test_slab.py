@@ -129,13 +129,10 @@ def test_weights_move_in_before_the_memory_is_pinned(monkeypatch: pytest.MonkeyP
     pinned_after: list[bool] = []
     transfer.on_staged = lambda *_: pinned_after.append(bool(runtime.pinned))
     tensors = [torch.ones(100), torch.ones(50)]
-    offload = GroupOffload(
-        make_plan([Block("block", (tensor.nbytes,)) for tensor in tensors]),
-        lambda block: [tensors[block]],
-        transfer,
-    )
+    plan = make_plan([Block("block", (tensor.nbytes,)) for tensor in tensors])
+    transfer.open(plan, lambda block: [tensors[block]])
     assert transfer.is_pinned and pinned_after == [False, False]
-    offload.close()
+    transfer.close()
     assert runtime.pinned == {}
 
 
