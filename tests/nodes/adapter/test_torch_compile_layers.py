@@ -154,8 +154,8 @@ def test_lora_on_a_weight_that_comfyui_hands_over_decoded(sd15: Any, model: Any)
     )
     x = torch.randn(1, layer.in_channels, 8, 8)
     wanted = layer(x)
-    layer.weight_function = [lambda weight: weight * 1.0]
+    layer.__dict__["weight_function"] = [lambda weight: weight * 1.0]
     assert torch.allclose(layer(x), wanted, atol=TOLERANCE)
     with replaced_forwards([OpaqueConv(layer)]):
         assert torch.allclose(layer(x), wanted, atol=TOLERANCE)
-    layer.weight_function = []
+    layer.__dict__["weight_function"] = []
