@@ -21,7 +21,7 @@ _PLAIN_OPERATIONS = (comfy.ops.disable_weight_init, comfy.ops.manual_cast)
 
 
 def packed_weight(layer: Any) -> PackedTensor | None:
-    """The weight of a layer as a packed one, sharing its bytes; None where it is neither packed nor plain float8."""
+    """The weight of a layer as a packed one, sharing bytes that are packed or float8; None for other weights."""
     weight = layer.weight
     if is_packed(weight):
         return packed_tensor(weight)
@@ -31,11 +31,16 @@ def packed_weight(layer: Any) -> PackedTensor | None:
 def is_plain_float8(layer: Any) -> bool:
     """Whether the layer is ComfyUI's own and holds float8 that is cast when it is used."""
     plain = any(type(layer) is getattr(kind, type(layer).__name__, None) for kind in _PLAIN_OPERATIONS)
-    return plain and type(layer.weight) is torch.nn.Parameter and layer.weight.dtype in FLOAT8
+    return plain and type(layer.weight) is torch.nn.Parameter and _dtype(layer) in FLOAT8
 
 
 def packed_float8(layer: Any) -> PackedTensor:
     """A plain float8 weight as a packed one; decoding gives the same numbers, bit for bit."""
-    data = layer.weight.detach().contiguous()
+    data = layer.weight.detach().to(_dtype(layer)).contiguous()
     fmt = scaled_format(f"{str(data.dtype).removeprefix('torch.')}-tensor")
     return PackedTensor(data, fmt, tuple(data.shape), {"scale": torch.ones((), device=data.device)})
+
+
+def _dtype(layer: Any) -> torch.dtype:
+    """What ComfyUI loads the weight as: with dynamic VRAM it is what the file has until it is paged in."""
+    return getattr(layer, "weight_comfy_model_dtype", None) or layer.weight.dtype

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import make_adapter
-from fake_paging import fake_paging
+from fake_paging import fake_paging, load_dynamically
 from safetensors.torch import load_file
 
 
@@ -146,3 +146,24 @@ def test_assigned_state_dict(twins: Any, model: Any) -> None:
     values = network.state_dict()
     network.load_state_dict(values, assign=True)
     assert torch.allclose(model.run(packed, load=True), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_float8_that_core_makes_when_it_pages(
+    twins: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dynamic VRAM `weight_dtype` only says what weights become on the device; the file's stay in memory."""
+    import comfy.sd
+    from snug.nodes.adapter.lora_mode import set_lora_mode
+
+    tensors = load_file(twins("sd3", "Q4_0").dense)
+    load_dynamically(monkeypatch)
+    float8 = comfy.sd.load_diffusion_model_state_dict(tensors, model_options={"dtype": torch.float8_e4m3fn})
+    layers = {name: m for name, m in float8.model.named_modules() if hasattr(m, "out_features")}
+    assert {layer.weight.dtype for layer in layers.values()} == {torch.float32}
+    new, _ = set_lora_mode(float8, "side branch", True)
+    packed = dict(model.packed_modules(new.model))
+    assert layers.keys() <= packed.keys()
+    for name, layer in layers.items():
+        wanted = layer.weight.to(torch.float8_e4m3fn).float()
+        assert torch.equal(packed[name].dense_weight(dtype=torch.float32), wanted)
+        assert layer.weight.dtype == torch.float32
