@@ -78,7 +78,9 @@ def bake_report(baking: Baking, patcher: Any, settings: LoraSettings) -> str:
         f"{count} {reason}: their LoRA is merged while dequantizing" for reason, count in baking.kept.items()
     ]
     if not (baking.baked or baking.kept):
-        lines.append("no quantized layer has a LoRA here: connect this node behind the LoRA nodes to bake them in")
+        lines.append(
+            "no quantized layer has a LoRA here: connect this node behind the LoRA nodes to bake them in"
+        )
     lines += _lines(patcher, settings) if patcher.patches else []
     return "\n".join([*lines, "LoRA nodes behind this one are merged while dequantizing"])
 
