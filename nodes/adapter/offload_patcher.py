@@ -78,9 +78,8 @@ class OffloadPatcher(_Base):
         try:
             self._load_streamed(device_to, lowvram_model_memory, force_patch_weights, full_load, **options)
         except BaseException as error:
-            if not isinstance(
-                error, Exception
-            ):  # core unloads after errors; interruptions are none in newer ones
+            # Core unloads after errors, of which an interruption is none in newer versions.
+            if not isinstance(error, Exception):
                 self.detach()
             raise
         return None
