@@ -24,6 +24,7 @@ from ...quant_backends.memory.budget import (
 )
 from ...quant_backends.memory.plan import least_limit, size_text
 from .compat import supported_arguments
+from .computing import ImageSize, computing_bytes, latent_shape, sampling_estimate
 from .group_offload import OffloadSettings, offload_clip, offload_model
 from .layout import is_packed, stored_nbytes
 from .lora_settings import lora_settings, set_lora_settings
@@ -46,15 +47,6 @@ class Models:
     clip: Any = None
     vae: Any = None
     control_net: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSize:
-    """In pixels, and how many at once."""
-
-    width: int
-    height: int
-    batch_size: int
 
 
 def apply_budget(
@@ -94,9 +86,9 @@ def _if_on(device: torch.device, model: Any) -> Any:
 def _stages(models: Models, size: ImageSize, latent: Mapping[str, Any] | None) -> list[Stage]:
     stages = []
     if models.clip is not None:
-        stages.append(Stage("Text encoding", _component(CLIP, models.clip.patcher), _computing(0)))
+        stages.append(Stage("Text encoding", _component(CLIP, models.clip.patcher), computing_bytes(0)))
     images = _images(models, size, latent)
-    work = f"{size.width} × {size.height}, batch of {size.batch_size}"
+    work = str(size)
     if latent is not None:
         work = "latent of " + " and ".join(" × ".join(map(str, image.shape)) for image in images)
     stages.append(_sampling(models, images, work))
@@ -108,8 +100,7 @@ def _stages(models: Models, size: ImageSize, latent: Mapping[str, Any] | None) -
 def _sampling(models: Models, images: list[torch.Tensor], work: str) -> Stage:
     patcher, control = models.model, models.control_net
     noise = comfy.utils.pack_latents(images)[0] if len(images) > 1 else images[0]
-    # As ComfyUI estimates it: with the positive and the negative prompt in one batch.
-    needed = patcher.model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
+    needed = sampling_estimate(patcher.model, tuple(noise.shape))
     beside = []
     if control is not None:
         needed += control.inference_memory_requirements(patcher.model_dtype())
@@ -119,15 +110,15 @@ def _sampling(models: Models, images: list[torch.Tensor], work: str) -> Stage:
     factors = sum(map(adapter_bytes, patcher.patches.values()))
     if factors:  # dense weights have it merged in, unless they are streamed
         beside.append(Component("LoRA", "", factors))
-    return Stage("Sampling", _component(MODEL, patcher), _computing(needed), work, tuple(beside))
+    return Stage("Sampling", _component(MODEL, patcher), computing_bytes(needed), work, tuple(beside))
 
 
 def _decoding(vae: Any, shape: torch.Size, work: str) -> Stage:
     if is_picture_as_video(vae, shape):
         shape = torch.Size((*shape[:2], *shape[3:]))
     coding = Coding(vae, tuple(shape))
-    whole = _computing(coding.nbytes)
-    tiles = [(size, _computing(nbytes)) for size, nbytes in coding.tiles()]
+    whole = computing_bytes(coding.nbytes)
+    tiles = [(size, computing_bytes(nbytes)) for size, nbytes in coding.tiles()]
     tiles = [(size, nbytes) for size, nbytes in tiles if nbytes < whole]
     return Stage("Decoding", _component(VAE, vae.patcher, False), whole, work, tiles=tuple(tiles))
 
@@ -135,11 +126,6 @@ def _decoding(vae: Any, shape: torch.Size, work: str) -> Stage:
 def _attached_models(patcher: Any) -> list[Any]:
     """Other models that ComfyUI loads together with this one."""
     return [*patcher.model_patches_models(), *patcher.get_nested_additional_models()]
-
-
-def _computing(estimate: float) -> int:
-    """Bytes to plan with: ComfyUI never keeps less than that free."""
-    return int(max(estimate, management.minimum_inference_memory() - management.extra_reserved_memory()))
 
 
 def _component(name: str, patcher: Any, can_be_streamed: bool = True) -> Component:
@@ -188,22 +174,13 @@ def _images(models: Models, size: ImageSize, latent: Mapping[str, Any] | None) -
 
 def _empty_latent(models: Models, size: ImageSize) -> torch.Tensor:
     form = models.model.get_model_object("latent_format")
-    if form.latent_dimensions not in (2, 3):
+    scale = None if models.vae is None else models.vae.spacial_compression_decode()
+    shape = latent_shape(form, size, scale)
+    if shape is None:
         raise SnugError(
             "This model makes something else than pictures, whose size width and height do not say; connect the "
             "LATENT that will be sampled to the memory budget."
         )
-    scale = getattr(form, "spacial_downscale_ratio", None)  # ComfyUI 0.3.75 does not know it
-    if scale is None:
-        scale = 8 if models.vae is None else models.vae.spacial_compression_decode()
-    frames = [1] * (form.latent_dimensions - 2)
-    shape = (
-        size.batch_size,
-        form.latent_channels,
-        *frames,
-        -(-size.height // scale),
-        -(-size.width // scale),
-    )
     return torch.empty(shape, device="meta")
 
 
