@@ -22,6 +22,7 @@ class SnugExtension(ComfyExtension):
         from .memory_budget import SnugMemoryBudget
         from .precision import SnugPrecision, SnugPrecisionCLIP, SnugPrecisionVAE
         from .torch_compile import SnugTorchCompile
+        from .vram_monitor import SnugVRAMMonitor
 
         return [
             SnugLoadDiffusionModel,
@@ -39,18 +40,21 @@ class SnugExtension(ComfyExtension):
             SnugPrecisionVAE,
             SnugLoraMode,
             SnugMemoryBudget,
+            SnugVRAMMonitor,
         ]
 
 
 def create_extension() -> ComfyExtension:
-    """The pack as ComfyUI sees it; registers the folder keys that the nodes list files from.
+    """The pack as ComfyUI sees it; registers the folder keys that the nodes list files from, and its routes.
 
     Re-raises whatever goes wrong after logging it: ComfyUI reports a failing entry point without traceback.
     """
     try:
         from .adapter import folders
+        from .telemetry.routes import register_routes
 
         folders.register()
+        register_routes()
         return SnugExtension()
     except Exception:
         logger.exception("ComfyUI-Snug could not start.")

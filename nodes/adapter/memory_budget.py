@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,6 @@ import comfy.model_management as management
 import comfy.sample
 import comfy.utils
 import torch
-from comfy_kitchen.tensor import QuantizedTensor
 
 from ...quant_backends.core.errors import SnugError
 from ...quant_backends.memory.budget import (
@@ -26,17 +24,15 @@ from ...quant_backends.memory.plan import least_limit, size_text
 from .compat import supported_arguments
 from .computing import ImageSize, computing_bytes, latent_shape, sampling_estimate
 from .group_offload import OffloadSettings, offload_clip, offload_model
-from .layout import is_packed, stored_nbytes
 from .lora_settings import lora_settings, set_lora_settings
 from .memory_budget_patcher import Allowance, is_on_gpu, warn_of_more, with_allowance
 from .memory_budget_vae import Coding, is_picture_as_video, with_room
 from .offload_units import BLOCK, LEAF, offload_units, other_bytes
 from .patches import adapter_bytes
+from .weight_formats import main_formats
 
 # Names of the components.
 MODEL, CLIP, VAE, CONTROL_NET = "model", "text encoders", "VAE", "ControlNet"
-# A format is named in the report when it makes up this part of a model's bytes.
-NAMED_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +125,7 @@ def _attached_models(patcher: Any) -> list[Any]:
 
 
 def _component(name: str, patcher: Any, can_be_streamed: bool = True) -> Component:
-    detail = ", ".join([type(patcher.model).__name__, *_formats(patcher.model)])
+    detail = ", ".join([type(patcher.model).__name__, *main_formats(patcher.model)])
     least = min(_least(patcher, level) for level in (BLOCK, LEAF)) if can_be_streamed else None
     return Component(name, detail, patcher.model_size(), least)
 
@@ -140,19 +136,6 @@ def _least(patcher: Any, level: str) -> int:
     if not units:
         return patcher.model_size()
     return other_bytes(patcher.model, units) + least_limit([unit.block for unit in units])
-
-
-def _formats(model: torch.nn.Module) -> list[str]:
-    """Those that most bytes are in, the largest part first."""
-    counts: Counter[str] = Counter()
-    for parameter in model.parameters():
-        if is_packed(parameter):
-            counts[parameter.params.format] += stored_nbytes(parameter)
-        elif isinstance(parameter, QuantizedTensor):
-            counts[parameter._layout_cls] += parameter._qdata.nbytes
-        else:
-            counts[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
-    return [name for name, nbytes in counts.most_common() if nbytes >= NAMED_SHARE * counts.total()]
 
 
 # ---- the latent that will be sampled --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .allocate import SnugTestAllocate
 from .conditioning import SnugTestConditioning
 from .model_info import SnugTestModelInfo
 from .narrow_models import accept_narrow_models
@@ -11,6 +12,7 @@ accept_narrow_models()
 accept_small_t5()
 
 NODE_CLASS_MAPPINGS = {
+    "SnugTestAllocate": SnugTestAllocate,
     "SnugTestConditioning": SnugTestConditioning,
     "SnugTestModelInfo": SnugTestModelInfo,
 }

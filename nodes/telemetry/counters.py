@@ -1,0 +1,116 @@
+"""Counters of memory in use with their peaks, exact where torch or the system keeps them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as management
+import psutil
+import torch
+
+from .accounting import dynamic_pages
+from .record import Counter
+
+CPU = "cpu"
+
+
+class ResidentMemory:
+    """RAM of this process. Linux keeps its peak and lets a process set it back; elsewhere peaks are sampled."""
+
+    _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    # Documented in proc_pid_clear_refs(5): sets the peak resident set size to the current one.
+    _RESET_PEAK = "5"
+
+    def __init__(self) -> None:
+        self._process = psutil.Process(os.getpid())
+        self.is_exact = self._reset()
+
+    def read(self) -> Counter:
+        """Also sets the peak back."""
+        if not self.is_exact:
+            current = self._process.memory_info().rss
+            return Counter(current, current)
+        kilobytes = {}
+        for line in self._STATUS.read_text(encoding="ascii", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name in ("VmHWM", "VmRSS"):
+                kilobytes[name] = int(value.split()[0])
+        self._reset()
+        current = kilobytes["VmRSS"] * 1024
+        return Counter(current, max(current, kilobytes["VmHWM"] * 1024))
+
+    def current(self) -> int:
+        return self._process.memory_info().rss
+
+    def _reset(self) -> bool:
+        try:
+            self._RESET.write_text(self._RESET_PEAK)
+            return self._STATUS.exists()
+        except OSError:
+            return False
+
+
+def gpus() -> list[torch.device]:
+    """Those that ComfyUI computes on; none in its CPU mode."""
+    find = getattr(management, "get_all_torch_devices", None)  # newer ComfyUI uses several
+    devices = find() if find is not None else [management.get_torch_device()]
+    return [device for device in devices if device.type in ("cuda", "xpu", "mps")]
+
+
+def main_device() -> str:
+    """The one that the peaks of nodes are told of."""
+    found = gpus()
+    return str(found[0]) if found else CPU
+
+
+def allocator(device: torch.device) -> tuple[int, int, int]:
+    """(bytes allocated, reserved, most allocated since the peak was set back) by torch on a GPU."""
+    if device.type == "mps":
+        allocated = torch.mps.current_allocated_memory()
+        return allocated, max(allocated, torch.mps.driver_allocated_memory()), allocated
+    stats: Any = (torch.cuda if device.type == "cuda" else torch.xpu).memory_stats(device)
+    return (
+        stats.get("allocated_bytes.all.current", 0),
+        stats.get("reserved_bytes.all.current", 0),
+        stats.get("allocated_bytes.all.peak", 0),
+    )
+
+
+def pages(device: torch.device, reserved: int) -> int:
+    """Bytes of dynamic VRAM on the device beside torch's `reserved` ones; 0 where ComfyUI has none.
+
+    Its library counts all devices together: with several of them, nothing is known of one.
+    """
+    try:
+        from comfy.memory_management import aimdo_enabled  # switched while ComfyUI starts
+        from comfy_aimdo import control
+    except ImportError:
+        return 0
+    if not aimdo_enabled or len(gpus()) != 1:
+        return 0
+    return dynamic_pages(int(control.get_total_vram_usage()), reserved)
+
+
+class Counters:
+    """Those of the RAM and of every GPU."""
+
+    def __init__(self) -> None:
+        self._resident = ResidentMemory()
+
+    def read(self) -> dict[str, Counter]:
+        """By device, with the peak since this was called before."""
+        found = {CPU: self._resident.read()}
+        for device in gpus():
+            allocated, reserved, peak = allocator(device)
+            beside = pages(device, reserved)
+            found[str(device)] = Counter(allocated + beside, peak + beside)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            elif device.type == "xpu":
+                torch.xpu.reset_peak_memory_stats(device)
+        return found
+
+    def resident(self) -> int:
+        return self._resident.current()
