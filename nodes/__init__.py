@@ -20,6 +20,7 @@ class SnugExtension(ComfyExtension):
         from .load_text_encoders import SnugLoadTextEncoders
         from .lora_mode import SnugLoraMode
         from .memory_budget import SnugMemoryBudget
+        from .model_inspector import SnugModelInspector
         from .precision import SnugPrecision, SnugPrecisionCLIP, SnugPrecisionVAE
         from .torch_compile import SnugTorchCompile
         from .vram_monitor import SnugVRAMMonitor
@@ -40,6 +41,7 @@ class SnugExtension(ComfyExtension):
             SnugPrecisionVAE,
             SnugLoraMode,
             SnugMemoryBudget,
+            SnugModelInspector,
             SnugVRAMMonitor,
         ]
 

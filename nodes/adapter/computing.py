@@ -30,9 +30,16 @@ def latent_shape(form: Any, size: ImageSize, scale: int | None = None) -> tuple[
     """
     if form.latent_dimensions not in (2, 3):
         return None
-    scale = getattr(form, "spacial_downscale_ratio", None) or scale or USUAL_SCALE  # 0.3.75 does not know it
+    # 0.3.75 does not know the ratio.
+    pixels: int = getattr(form, "spacial_downscale_ratio", None) or scale or USUAL_SCALE
     frames = [1] * (form.latent_dimensions - 2)
-    return (size.batch_size, form.latent_channels, *frames, -(-size.height // scale), -(-size.width // scale))
+    return (
+        size.batch_size,
+        form.latent_channels,
+        *frames,
+        -(-size.height // pixels),
+        -(-size.width // pixels),
+    )
 
 
 def sampling_estimate(model: Any, shape: tuple[int, ...]) -> float:
