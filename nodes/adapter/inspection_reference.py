@@ -23,6 +23,9 @@ from .core_errors import refused_as, summary
 
 # The device of tensors without content.
 META = "meta"
+# Vectors of at most so many weights are zeros rather than without content: ComfyUI looks into one to tell the two kinds
+# of Stable Diffusion 2 apart.
+MAX_ZEROS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ def build_reference(contents: FileContents) -> Reference:
         raise SnugError("The file does not tell the shapes of all its weights, which their content does.")
     norms = flux_qk_norm()
     tensors = rename_qk_norms(tensors, norms) if norms else tensors
+    tensors = {name: _zeros(tensor) for name, tensor in tensors.items()}
     with refused_as(lambda error: SnugError(f"ComfyUI builds no model of them ({summary(error)}).")):
         config = comfy.model_detection.model_config_from_unet(
             tensors, "", metadata=_config(contents.metadata)
@@ -75,6 +79,12 @@ def loaded_bytes(weights: tuple[StoredWeight, ...], dtype: torch.dtype, keeps_ha
         itemsize = min(dtype.itemsize, weight.dtype.itemsize) if is_kept else dtype.itemsize
         total += weight.weights * itemsize
     return total
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dim() == 1 and tensor.numel() <= MAX_ZEROS:
+        return torch.zeros_like(tensor, device="cpu")
+    return tensor
 
 
 def _choose_dtype(config: Any, tensors: Mapping[str, torch.Tensor]) -> torch.dtype:

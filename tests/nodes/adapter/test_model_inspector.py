@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_text_encoders import SmallCLIP, load_dense
-from sparse_files import flux_shapes, sparse_gguf
+from sparse_files import flux_shapes, sparse_gguf, sparse_safetensors
 from twins import Twins
 
 MakeTwins = Callable[[str, str], Twins]
@@ -79,6 +79,36 @@ def test_missing_and_unexpected_tensors(twins: MakeTwins, size: Any, tmp_path: P
     assert match is not None
     assert match.missing == ("y_embedder.mlp.0.bias",)
     assert match.unexpected == ("nobody.weight",)
+
+
+def test_stable_diffusion_2(size: Any, tmp_path: Path, comfy: Any) -> None:
+    """ComfyUI looks into a tensor to tell its two kinds apart, which a header does not hold."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from snug.nodes.adapter.model_inspector import inspect_file
+
+    network = UNetModel(
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        num_res_blocks=[2, 2, 2, 2],
+        channel_mult=[1, 2, 4, 4],
+        num_head_channels=64,
+        use_spatial_transformer=True,
+        use_linear_in_transformer=True,
+        transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+        transformer_depth_middle=1,
+        transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        context_dim=1024,
+        legacy=False,
+        device="meta",
+        operations=comfy.ops.manual_cast,
+    )
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    path = tmp_path / "sd2.safetensors"
+    sparse_safetensors(path, shapes, "F16")
+    match = inspect_file(str(path), size).match
+    assert match is not None and (match.missing, match.unexpected) == ((), ())
 
 
 def test_tensors_of_no_known_model(size: Any, tmp_path: Path) -> None:
