@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,12 @@ class ResidentMemory:
             return False
 
 
-def gpus() -> list[torch.device]:
+@lru_cache
+def gpus() -> tuple[torch.device, ...]:
     """Those that ComfyUI computes on; none in its CPU mode."""
     find = getattr(management, "get_all_torch_devices", None)  # newer ComfyUI uses several
     devices = find() if find is not None else [management.get_torch_device()]
-    return [device for device in devices if device.type in ("cuda", "xpu", "mps")]
+    return tuple(device for device in devices if device.type in ("cuda", "xpu", "mps"))
 
 
 def main_device() -> str:

@@ -193,6 +193,8 @@ class Telemetry:
             registry = progress.current()
             if registry is not None and registry is not self._registry and self._begin_outside(registry):
                 return
+            if self._record is not None and registry is self._registry:
+                break
             if tries > 1:
                 time.sleep(SOON)
         record = self._record
@@ -242,7 +244,7 @@ class Telemetry:
         return self._counters
 
     def _last_counters(self) -> dict[str, Counter]:
-        """None where they cannot be read: a record ends in any case."""
+        """Nothing where they cannot be read: a record ends in any case."""
         try:
             with self._reading:
                 return self._read()

@@ -38,7 +38,7 @@ def test_timeline_is_bounded_and_keeps_the_peak(count: int) -> None:
     from snug.nodes.telemetry.buffers import Timeline
 
     values = [random.Random(number).random() for number in range(count)]
-    timeline: Any = Timeline(16, lambda entry: entry[1])
+    timeline: Timeline[tuple[int, float]] = Timeline(16, lambda entry: entry[1])
     for entry in enumerate(values):
         timeline.add(entry)
     kept = timeline.values()
