@@ -20,6 +20,8 @@ from snug.quant_backends.readers.conventions import open_quantized_safetensors
 from sparse_files import flux_shapes, resident_bytes, sparse_gguf, sparse_safetensors
 
 MEGABYTE = 2**20
+# The header has a tenth of a megabyte; where it is not in the page cache, the system reads ahead.
+MOST_READ = 32 * MEGABYTE
 FLUX_WEIGHTS = 11_901_408_320
 
 
@@ -80,10 +82,10 @@ def test_of_12_gb_only_the_header_is_read(write: Callable[..., None], tmp_path: 
     assert sum(weight.weights for weight in contents.weights) == FLUX_WEIGHTS
     assert contents.header_bytes is not None and contents.header_bytes < MEGABYTE / 4
     assert contents.file_bytes == path.stat().st_size
-    assert read <= MEGABYTE, f"{read} bytes were read"  # the system reads ahead
+    assert read <= MOST_READ, f"{read} bytes were read"
     assert seconds < 1, f"{seconds:.3f} s"  # 0.02 s where no other programs run beside the tests
     # The measure sees what is read: a tensor in the middle of the file.
-    touched = 4 * MEGABYTE
+    touched = 2 * MOST_READ
     with path.open("rb") as file:
         file.seek(path.stat().st_size // 2)
         file.read(touched)
