@@ -68,7 +68,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 def run_node(registry: Any, name: str, megabytes: int) -> None:
     registry.start_progress(name)
     # Pages of its own: what earlier tests have freed is the process's still, and using it again would add nothing.
-    values = mmap.mmap(-1, megabytes << 20)
+    values = mmap.mmap(-1, max(megabytes << 20, mmap.PAGESIZE))
     for offset in range(0, len(values), mmap.PAGESIZE):
         values[offset] = 1
     del values
