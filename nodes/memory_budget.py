@@ -7,8 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .adapter.memory_budget import ImageSize, Models, apply_budget
-
-LARGEST_IMAGE = 16384
+from .image_size_inputs import image_size_inputs
 
 
 class SnugMemoryBudget(io.ComfyNode):
@@ -41,24 +40,7 @@ class SnugMemoryBudget(io.ComfyNode):
                         "the desktop needs is left free (ComfyUI's --reserve-vram)."
                     ),
                 ),
-                *(
-                    io.Int.Input(
-                        name,
-                        default=1024,
-                        min=16,
-                        max=LARGEST_IMAGE,
-                        step=8,
-                        tooltip=f"The {name} of the image in pixels; unused when a latent is connected.",
-                    )
-                    for name in ("width", "height")
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=4096,
-                    tooltip="How many images are made at once; unused when a latent is connected.",
-                ),
+                *image_size_inputs("; unused when a latent is connected."),
                 io.Latent.Input(
                     "latent",
                     optional=True,

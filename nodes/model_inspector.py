@@ -10,8 +10,7 @@ from .adapter.computing import ImageSize
 from .adapter.folders import state_on_disk
 from .adapter.inspection_plot import draw
 from .adapter.model_inspector import NONE, find_file, inspect, inspectable_files
-
-LARGEST_IMAGE = 16384
+from .image_size_inputs import image_size_inputs
 
 
 class SnugModelInspector(io.ComfyNode):
@@ -46,24 +45,7 @@ class SnugModelInspector(io.ComfyNode):
                     default=NONE,
                     tooltip="A file to inspect without loading it; only its header is read.",
                 ),
-                *(
-                    io.Int.Input(
-                        name,
-                        default=1024,
-                        min=16,
-                        max=LARGEST_IMAGE,
-                        step=8,
-                        tooltip=f"The {name} in pixels of the image that the fit is estimated for.",
-                    )
-                    for name in ("width", "height")
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=4096,
-                    tooltip="How many images are made at once, for the estimate of the fit.",
-                ),
+                *image_size_inputs(", for the estimate of the fit."),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="All findings as text."),

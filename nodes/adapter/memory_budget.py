@@ -180,13 +180,15 @@ def _within(models: Models, plan: BudgetPlan) -> tuple[Models, dict[str, str]]:
             model = _budgeted(models.model, allowance)
             warn_of_more(model, stage.computing)
             if stage.limit is not None:
-                model, notes[name] = offload_model(model, _settings(model, stage.limit))
+                model, _ = offload_model(model, _settings(model, stage.limit))
+                notes[name] = model.plan_report()  # what becomes of it on a CPU is said already
             models = replace(models, model=model)
         elif name == CLIP:
             clip = models.clip.clone()
             clip.patcher = _budgeted(clip.patcher, allowance)
             if stage.limit is not None:
-                clip, notes[name] = offload_clip(clip, _settings(clip.patcher, stage.limit))
+                clip, _ = offload_clip(clip, _settings(clip.patcher, stage.limit))
+                notes[name] = clip.patcher.plan_report()
             models = replace(models, clip=clip)
         else:
             models = replace(models, vae=_vae_within(models.vae, plan, stage, allowance))

@@ -45,7 +45,13 @@ class OffloadPatcher(_Base):
         return self.attachments[ATTACHMENT]
 
     def offload_report(self) -> str:
-        """The plan as text. Raises SnugError when there is none."""
+        """The plan as text, and what becomes of it on this device. Raises SnugError when there is none."""
+        if self.load_device.type != "cpu":
+            return self.plan_report()
+        return f"This model runs on the CPU, where its weights are: nothing is copied. On a GPU: {self.plan_report()}"
+
+    def plan_report(self) -> str:
+        """The plan as text, on a CPU that for a GPU. Raises SnugError when there is none."""
         units = self.offloading.units(self.model)
         plan = self.offloading.plan(self.model, units)
         if is_dynamic(self):
@@ -55,8 +61,6 @@ class OffloadPatcher(_Base):
             )
         others = size_text(other_bytes(self.model, units))
         report = f"{plan.report()} Layers outside of the blocks take {others} more."
-        if self.load_device.type == "cpu":
-            return f"This model runs on the CPU, where its weights are: nothing is copied. On a GPU: {report}"
         if transfer_to(self.load_device, False, False) is None:
             return f"{report} This device cannot copy and compute at the same time: ComfyUI copies layer by layer."
         return report

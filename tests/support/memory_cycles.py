@@ -104,7 +104,7 @@ def leak(kind: str | None) -> list[Any]:
     import torch
     from snug.quant_backends.memory.slab import HostBuffer
 
-    return {None: [], "tensors": [torch.ones(600, 1000)], "slab": [HostBuffer(1 << 20)]}[kind]
+    return {None: [], "tensors": [torch.ones(200, 1000)], "slab": [HostBuffer(1 << 20)]}[kind]
 
 
 def measure() -> dict[str, int]:

@@ -20,7 +20,7 @@ from checkpoint_files import (
     write_sdcpp,
 )
 from fake_paging import load_dynamically
-from narrow_flux import accept_narrow_flux
+from narrow_models import accept_narrow_models
 from quantized_files import dense_tensors, quantize_tensors
 from safetensors.torch import save_file
 from small_text_encoders import SmallT5
@@ -192,7 +192,7 @@ def test_flux_as_it_is_published(
     packed, metadata = quantize_tensors({name: value.half() for name, value in flux.items()}, "nf4")
     vae = prefixed("vae.", taesd(tmp_path, "taef1"))
     save_file({**packed, **encoders, **vae}, tmp_path / "nf4.safetensors", metadata=metadata)
-    accept_narrow_flux(monkeypatch)
+    accept_narrow_models(monkeypatch)
     save_file(dense_tensors(tmp_path / "nf4.safetensors"), tmp_path / "dense.safetensors")
     found = load(str(tmp_path / "nf4.safetensors"))
     dense = load_dense(comfy, tmp_path / "dense.safetensors")

@@ -23,7 +23,7 @@ from combinations import (
 )
 from compiled_models import predict
 from memory_states import LOADS, load_whole
-from narrow_flux import accept_narrow_flux
+from narrow_models import accept_narrow_models
 from simulated_transfers import Transfers, simulate_transfers
 
 FORMATS = ["Q4_K", "nf4", "int8", "fp8-rows", "dense"]
@@ -56,7 +56,7 @@ def bench(twins: Any, comfy: Any) -> Iterator[Callable[[str, str], Bench]]:
     made: dict[tuple[str, str], Bench] = {}
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        accept_narrow_flux(monkeypatch)
+        accept_narrow_models(monkeypatch)
 
         def make(family: str, format: str) -> Bench:
             if (family, format) not in made:

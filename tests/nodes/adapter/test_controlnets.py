@@ -11,7 +11,7 @@ import torch
 from checkpoint_files import prefixed, taesd
 from controlnet_files import Tensors, classic_controlnet, flux_controlnet, sd3_controlnet
 from fake_paging import load_dynamically
-from narrow_flux import accept_narrow_flux
+from narrow_models import accept_narrow_models
 from native_quantizer import native_quantizer
 from quantized_files import dense_tensors, quantize_tensors
 from safetensors.torch import save_file
@@ -117,7 +117,7 @@ def test_equal_to_the_dense_twin(
     import comfy.controlnet
     from snug.nodes.adapter.controlnets import load_controlnet
 
-    accept_narrow_flux(monkeypatch)
+    accept_narrow_models(monkeypatch)
     path, twin = write(kind, MAKERS[family](), tmp_path)
     patcher = comfy.sd.load_diffusion_model(str(twins(family, "Q8_0").dense))
     packed, dense = load_controlnet(str(path)), comfy.controlnet.load_controlnet(str(twin))
@@ -151,7 +151,7 @@ def test_dynamic_vram(
     """ComfyUI's patcher with paging takes the network, and every weight of it has arrived."""
     from snug.nodes.adapter.controlnets import load_controlnet
 
-    accept_narrow_flux(monkeypatch)
+    accept_narrow_models(monkeypatch)
     path, _ = write("nf4", MAKERS[family](), tmp_path)
     load_dynamically(monkeypatch)
     patcher = load_controlnet(str(path)).control_model_wrapped

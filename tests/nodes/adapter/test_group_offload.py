@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_models import compiled, compiles, predict
-from narrow_flux import accept_narrow_flux
+from narrow_models import accept_narrow_models
 from simulated_transfers import Transfers, simulate_transfers
 from snug.quant_backends.core.errors import SnugError
 from snug.quant_backends.memory.slab import host_bytes_in_use
@@ -21,7 +21,7 @@ TwinsOf = Callable[[str, str], Twins]
 @pytest.fixture(autouse=True)
 def transfers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Transfers]:
     """One for each slab that is made."""
-    accept_narrow_flux(monkeypatch)
+    accept_narrow_models(monkeypatch)
     yield simulate_transfers(monkeypatch)
     unload()
     gc.collect()

@@ -187,6 +187,9 @@ def test_on_the_cpu_nothing_changes(sd3: Any) -> None:
     least = comfy.model_management.minimum_inference_memory()
     with pytest.raises(SnugError, match=r"too small: sampling needs at least 1\.\d GB"):
         apply(least, packed)
+    _, report = apply(least + 0.9 * packed.model_size(), packed)
+    assert "streamed, of " in report
+    assert report.count("CPU") == 1, "said twice"
 
 
 def test_a_budget_larger_than_the_gpu_is_that_of_the_gpu(sd3: Any, gpu: SimulatedGPU) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compiled_models import compiled, compiles, load_part, predict
 from memory_states import load_whole
-from narrow_flux import accept_narrow_flux
+from narrow_models import accept_narrow_models
 from torch.overrides import TorchFunctionMode
 
 # Largest relative difference from the model in float32: what a dtype's rounding makes of a whole tiny model.
@@ -27,7 +27,7 @@ def load(twins: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], An
         import comfy.sd
 
         if family == "flux":
-            accept_narrow_flux(monkeypatch)
+            accept_narrow_models(monkeypatch)
         kind, _, dtype = format.partition("-")
         if kind != "dense":
             return twins(family, format).load()[0]

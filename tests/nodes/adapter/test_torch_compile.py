@@ -12,7 +12,7 @@ import pytest
 import torch
 from compiled_models import compiled, compiles, fresh_compiler, load_part, predict  # noqa: F401
 from memory_states import load_whole
-from narrow_flux import accept_narrow_flux
+from narrow_models import accept_narrow_models
 
 FORMATS = ["Q4_0", "Q4_K", "nf4", "int8", "fp8", "quanto-int4", "torchao-int8", "dense"]
 TOLERANCE = 1e-5
@@ -26,7 +26,7 @@ def load(twins: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], An
 
     def load(family: str, format: str) -> Any:
         if family == "flux":
-            accept_narrow_flux(monkeypatch)
+            accept_narrow_models(monkeypatch)
         packed, dense = twins(family, "Q4_0" if format == "dense" else format).load()
         return dense if format == "dense" else packed
 

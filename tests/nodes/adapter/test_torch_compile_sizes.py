@@ -8,7 +8,7 @@ import pytest
 import torch
 from compiled_models import compiled, compiles, fresh_compiler, predict  # noqa: F401
 from memory_states import load_whole
-from narrow_flux import accept_narrow_flux
+from narrow_models import accept_narrow_models
 
 TOLERANCE = 1e-4
 WHOLE = "whole model"
@@ -40,7 +40,7 @@ SIZES_IN_CODE = {"wan"}
 
 @pytest.fixture
 def load(twins: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    accept_narrow_flux(monkeypatch)
+    accept_narrow_models(monkeypatch)
     return lambda family: twins(family, "Q4_0").load()[0]
 
 
