@@ -1,0 +1,96 @@
+"""What becomes of each layer of one network."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..core.errors import SnugError
+from ..core.packed import PackedTensor
+from ..formats.scaled import format_called
+from ..memory.layerwise import SkipRules, parse_skip_patterns
+from .layers import LayerInfo, block_positions
+from .targets import AnyFormat, Target, find_target
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """target: for every layer that nothing else is said about. skip: which layers keep their precision.
+
+    overrides: layer name to format name, "" to keep the layer; these win over skip. importance: layer name to float32
+    [in], the mean square of each input channel. positions: of the layers, see `block_positions`. kinds: of layers that
+    are quantized at all.
+    """
+
+    target: Target
+    skip: SkipRules
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    positions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    kinds: frozenset[str] = frozenset({"linear"})
+
+    def format_for(self, layer: LayerInfo) -> AnyFormat | None:
+        """The format that the layer's weight gets; None: it stays as it is."""
+        override = self.overrides.get(layer.name)
+        if override is not None:
+            return format_called(override) if override else None
+        if layer.kind not in self.kinds or self.skip.reason(layer.name) is not None:
+            return None
+        return self.target.format_for(layer, *self.positions.get(layer.name, (0, 1)))
+
+    def quantize(self, layer: LayerInfo, weight: torch.Tensor) -> PackedTensor | None:
+        """The layer's weight (float, of its shape, on any device) packed, on that device; None: it stays as it is.
+
+        Raises SnugError when its format cannot hold it.
+        """
+        fmt = self.format_for(layer)
+        if fmt is None:
+            return None
+        importance = self.importance.get(layer.name)
+        if importance is not None and tuple(importance.shape) != layer.shape[1:2]:
+            raise SnugError(
+                f"The calibration of layer {layer.name!r} has the shape {tuple(importance.shape)}, but its weight is "
+                f"{layer.shape}; it was made with another model."
+            )
+        return self.target.encode(weight.detach(), fmt, importance)
+
+    def describe(self) -> dict[str, Any]:
+        """What was done, for the metadata of a file; JSON's types only."""
+        return {
+            "target": self.target.name,
+            "skip": [*self.skip.patterns, *self.skip.table.half],
+            "kinds": sorted(self.kinds),
+            "overrides": dict(self.overrides),
+            "calibrated_layers": len(self.importance),
+        }
+
+
+def make_recipe(
+    target: str | Target,
+    layers: Iterable[LayerInfo],
+    parameters: Collection[str] | None = None,
+    *,
+    skip: str = "default",
+    is_text_encoder: bool = False,
+    overrides: Mapping[str, str] | None = None,
+    importance: Mapping[str, torch.Tensor] | None = None,
+    kinds: Iterable[str] = ("linear",),
+) -> Recipe:
+    """The recipe for a network with these layers.
+
+    parameters: names of all its parameters, which tell the architecture; None: the layers' weights are all there are.
+    skip: as `parse_skip_patterns` takes it. Raises SnugError for an unknown target or pattern.
+    """
+    names = [layer.name for layer in layers]
+    known = [f"{name}.weight" for name in names] if parameters is None else parameters
+    return Recipe(
+        find_target(target) if isinstance(target, str) else target,
+        parse_skip_patterns(skip, known, is_text_encoder),
+        dict(overrides or {}),
+        dict(importance or {}),
+        block_positions(names),
+        frozenset(kinds),
+    )
