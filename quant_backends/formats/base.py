@@ -81,8 +81,11 @@ class Format:
         raise NotImplementedError
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
-        """Encode values (float32 [n, block_size]) into blocks (uint8 [n, block_bytes])."""
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode values (float32 [n, block_size]) into blocks (uint8 [n, block_bytes]).
+
+        importance: weight of each value's squared error, float32 [n, block_size] from 0 to 1, or None.
+        """
         raise SnugError(f"Snug cannot write {cls.name}; choose one of {', '.join(quantizable_formats())}.")
 
     @classmethod
@@ -96,9 +99,12 @@ class Format:
         return out
 
     @classmethod
-    def quantize_blocks(cls, values: torch.Tensor) -> torch.Tensor:
-        """Encode float32 [n, block_size] to uint8 [n, block_bytes]; SnugError unless `can_quantize`."""
-        return cls.encode(values)
+    def quantize_blocks(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode float32 [n, block_size] to uint8 [n, block_bytes]; SnugError unless `can_quantize`.
+
+        importance: as in `encode`.
+        """
+        return cls.encode(values, importance)
 
     @classmethod
     def nbytes(cls, shape: Sequence[int]) -> int:

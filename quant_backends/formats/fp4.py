@@ -75,7 +75,7 @@ class MXFP4(Format):
         out.mul_(_e8m0_halves(blocks.device)[blocks[:, :1].int()])
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         largest = values.abs().amax(1, keepdim=True)
         # float32 would place the step to the next exponent elsewhere than the gguf package; MPS has no float64.
         wide = largest if values.device.type == "mps" else largest.double()

@@ -54,7 +54,7 @@ class Q4_0(Format):
         torch.mul(high[:, 2:], d, out=out[:, 16:])
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, codes = by_largest(values, 16)
         return torch.cat([half_bytes(scale), pack_nibbles(codes)], dim=1)
 
@@ -73,7 +73,7 @@ class Q4_1(Format):
         out.add_(m)
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, minimum, codes = by_range(values, 16)
         return torch.cat([half_bytes(scale), half_bytes(minimum), pack_nibbles(codes)], dim=1)
 
@@ -92,7 +92,7 @@ class Q5_0(Format):
         out.mul_(half_floats(blocks[:, :2]).t())
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, codes = by_largest(values, 32)
         return torch.cat([half_bytes(scale), pack_fifth_bits(codes), pack_nibbles(codes)], dim=1)
 
@@ -112,7 +112,7 @@ class Q5_1(Format):
         out.mul_(d).add_(m)
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, minimum, codes = by_range(values, 32)
         parts = [half_bytes(scale), half_bytes(minimum), pack_fifth_bits(codes), pack_nibbles(codes)]
         return torch.cat(parts, dim=1)
@@ -129,6 +129,6 @@ class Q8_0(Format):
         torch.mul(floats[:, 2:], half_floats(blocks[:, :2]).t(), out=out)
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, codes = by_magnitude(values, 127)
         return torch.cat([half_bytes(scale), codes.to(torch.uint8)], dim=1)

@@ -30,7 +30,7 @@ class F32(_Plain):
     dtype = torch.float32
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         return values.contiguous().view(torch.uint8)
 
 
@@ -39,7 +39,7 @@ class F16(_Plain):
     dtype = torch.float16
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         return values.to(torch.float16).view(torch.uint8)
 
 
@@ -73,7 +73,7 @@ class BF16(_Plain):
     dtype = torch.bfloat16
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         # torch makes every NaN the same; ggml keeps its sign and payload.
         bits = values.contiguous().view(torch.int32)
         kept = ((bits >> 16) | 64).to(torch.int16)

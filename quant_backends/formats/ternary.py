@@ -39,7 +39,7 @@ class TQ1_0(Format):
         out.mul_(half_floats(blocks[:, 52:]).t())
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, codes = by_magnitude(values, 1)
         digits = codes + 1
         powers = 3 ** torch.arange(4, -1, -1, dtype=torch.int32, device=values.device).unsqueeze(1)
@@ -67,7 +67,7 @@ class TQ2_0(Format):
         scale_codes(codes.view(torch.int8).sub_(number(1)), half_floats(blocks[:, 64:]), out)
 
     @classmethod
-    def encode(cls, values: torch.Tensor) -> torch.Tensor:
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, codes = by_magnitude(values, 1)
         pairs = (codes + 1).view(-1, 2, 4, 32) << shifts(0, 2, 4, torch.int32, values.device).unsqueeze(1)
         packed = pairs.sum(2).to(torch.uint8).view(-1, 64)

@@ -6,6 +6,7 @@ intermediate values stay in the processor's cache and scratch memory stays small
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -94,30 +95,63 @@ def dequantize_packed(
     return out
 
 
-def quantize(values: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
+def quantize(values: torch.Tensor, fmt: type[Format], importance: torch.Tensor | None = None) -> torch.Tensor:
     """Encode values (float, [..., columns]) to packed bytes: uint8 [rows, bytes per row].
 
-    Equal byte for byte to the gguf package. Raises SnugError when `fmt` cannot be written or the last
-    dimension is no whole number of blocks.
+    importance: how much the square of an error in each input channel counts (float, at least 0, such as the mean
+    square of the channel's inputs), repeated over all values: [columns], or as many as the rows had before they were
+    folded. Formats whose blocks leave no choice ignore it; None counts all alike.
+
+    Equal byte for byte to the gguf package for the types that it writes. Raises SnugError when `fmt` cannot be written,
+    the last dimension is no whole number of blocks, or the importance does not fit.
     """
     fmt.nbytes(values.shape)
+    period = _importance_blocks(importance, values, fmt) if importance is not None else None
     columns = values.shape[-1] if values.dim() else 1
     blocks = values.reshape(-1, fmt.block_size)
     packed = torch.empty((len(blocks), fmt.block_bytes), dtype=torch.uint8, device=values.device)
     step = max(1, weights_per_chunk(values.device) // ENCODER_COST // fmt.block_size)
-    for chunk, result in zip(blocks.split(step), packed.split(step), strict=True):
-        result.copy_(fmt.quantize_blocks(chunk.float()))
+    for start in range(0, len(blocks), step):
+        chunk = blocks[start : start + step].float()
+        part = None
+        if period is not None:
+            index = torch.arange(start, start + len(chunk), device=values.device) % len(period)
+            part = period.index_select(0, index)
+        packed[start : start + step].copy_(fmt.quantize_blocks(chunk, part))
     return packed.view(-1, columns // fmt.block_size * fmt.block_bytes)
 
 
-def quantize_packed(values: torch.Tensor, fmt: type[Format] | ScaledFormat) -> PackedTensor:
+def _importance_blocks(importance: torch.Tensor, values: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
+    """The importance of the values of each block until it repeats, float32 [blocks, block_size] from 0 to 1."""
+    weights = importance.detach().to(values.device, torch.float32).reshape(-1)
+    count = weights.numel()
+    if not count or values.numel() % count:
+        raise SnugError(
+            f"Importance for {count} input channels does not fit a weight of shape {tuple(values.shape)}; it was made "
+            f"with another model."
+        )
+    # What was measured may be anything from tiny to huge; only the ratios matter.
+    weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp_(min=0)
+    largest = weights.amax()
+    weights = torch.where(largest > 0, weights / largest, 1.0)
+    return weights.repeat(math.lcm(count, fmt.block_size) // count).view(-1, fmt.block_size)
+
+
+def quantize_packed(
+    values: torch.Tensor, fmt: type[Format] | ScaledFormat, importance: torch.Tensor | None = None
+) -> PackedTensor:
     """Encode values (float, any shape) in `fmt`; the result is on their device.
+
+    importance: as `quantize` takes it, float [input channels] of a weight [out, in] or [out, in, height, width];
+    scaled formats take none and ignore it.
 
     Raises SnugError when `fmt` cannot be written or, for ggml, the last dimension is no whole number of blocks.
     """
     shape = tuple(values.shape)
     if isinstance(fmt, type):
-        return PackedTensor(quantize(values, fmt).view(-1), fmt, shape)
+        if importance is not None and len(shape) > 2 and importance.numel() == shape[1]:
+            importance = importance.reshape(-1).repeat_interleave(math.prod(shape[2:]))
+        return PackedTensor(quantize(values, fmt, importance).view(-1), fmt, shape)
     if not fmt.can_quantize:
         raise SnugError(
             f"Snug reads {fmt.name} weights but does not write them; choose a float8 or a GGUF format."

@@ -13,6 +13,7 @@ from ..core.packed import PackedTensor
 from ..formats import FORMATS, Format
 from ..formats.scaled import ScaledFormat, format_called
 from ..kernels.dequantize import quantize_packed
+from ..writers.mixes import MIXES, Mix, mixed_format
 from .layers import LayerInfo
 
 AnyFormat: TypeAlias = "type[Format] | ScaledFormat"
@@ -26,7 +27,7 @@ def encode_plainly(
     values: torch.Tensor, fmt: AnyFormat, importance: torch.Tensor | None = None
 ) -> PackedTensor:
     """Snug's own encoding of the format."""
-    return quantize_packed(values, fmt)
+    return quantize_packed(values, fmt, importance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,27 @@ def one_format(fmt: AnyFormat) -> Choose:
     return choose
 
 
+def mixed(mix: Mix) -> Choose:
+    """What the mix gives each layer."""
+
+    def choose(layer: LayerInfo, block: int, blocks: int) -> AnyFormat | None:
+        return mixed_format(mix, layer.name, layer.shape, block, blocks)
+
+    return choose
+
+
 def _gguf() -> list[Target]:
-    # Largest first, as `registry.gguf_types` shows them; F32 makes nothing smaller.
+    # Largest first, as `registry.gguf_types` shows them, a type's mixes before it; F32 makes nothing smaller.
     writable = [fmt for fmt in FORMATS.values() if fmt.can_quantize and fmt.name != "F32"]
     ordered = sorted(writable, key=lambda fmt: -fmt.block_bytes / fmt.block_size)
-    return [
-        Target(f"GGUF {fmt.name}", "gguf", one_format(fmt), fmt.block_bytes * 8 / fmt.block_size)
-        for fmt in ordered
-    ]
+    found = []
+    for fmt in ordered:
+        bits = fmt.block_bytes * 8 / fmt.block_size
+        choices = {f"GGUF {mix.name}": mixed(mix) for mix in MIXES.values() if mix.base == fmt.name}
+        choices = dict(sorted(choices.items(), key=lambda choice: "LMS".find(choice[0][-1])))
+        choices.setdefault(f"GGUF {fmt.name}", one_format(fmt))
+        found += [Target(name, "gguf", choose, bits) for name, choose in choices.items()]
+    return found
 
 
 def _float8() -> list[Target]:

@@ -22,6 +22,7 @@ from ..core.errors import SnugError
 from ..formats import FORMATS, Format, quantizable_formats
 from ..kernels.dequantize import quantize
 from .architecture import detect_architecture
+from .mixes import MIXES, Mix
 from .plan import PlannedTensor, plan_tensors
 from .precision import RULES, PrecisionRules
 
@@ -43,7 +44,8 @@ def write_gguf(
     quantizer: Quantizer | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write a model to the GGUF file `path`, its matrices in `format` ("Q8_0", "Q4_K", "F16", ...).
+    """Write a model to the GGUF file `path`, its matrices in `format` ("Q8_0", "Q4_K", "F16", ...) or in the formats of
+    a mix ("Q4_K_M", ...; `mixes.MIXES`).
 
     tensors: floating point weights by their original names, without a prefix such as
         "model.diffusion_model."; taken and converted one at a time.
@@ -72,7 +74,7 @@ def write_gguf(
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with closing(gguf.GGUFWriter(temporary, architecture)) as writer:
-            _add_metadata(gguf, writer, wanted, metadata or {})
+            _add_metadata(gguf, writer, wanted.name, metadata or {})
             for planned in plan:
                 _add_tensor_info(gguf, writer, planned)
             writer.write_header_to_file()
@@ -97,14 +99,15 @@ def _import_gguf() -> Any:
         ) from error
 
 
-def _writable_format(name: str, quantizer: Quantizer | None) -> type[Format]:
-    fmt = FORMATS.get(name)
+def _writable_format(name: str, quantizer: Quantizer | None) -> type[Format] | Mix:
+    mix = MIXES.get(name)
+    fmt = FORMATS.get(mix.base if mix else name)
     choices = ", ".join(quantizable_formats())
     if fmt is None or (fmt.dtype is not None and not fmt.can_quantize):
         raise SnugError(f"{name!r} is no format for weights; choose one of {choices}.")
     if quantizer is None and not fmt.can_quantize:
         raise SnugError(f"Snug cannot quantize to {name}; choose one of {choices} or pass a quantizer.")
-    return fmt
+    return mix or fmt
 
 
 def _check_disk_space(target: Path, needed: int) -> None:
@@ -116,9 +119,9 @@ def _check_disk_space(target: Path, needed: int) -> None:
         )
 
 
-def _add_metadata(gguf: Any, writer: Any, fmt: type[Format], metadata: Mapping[str, MetadataValue]) -> None:
+def _add_metadata(gguf: Any, writer: Any, format: str, metadata: Mapping[str, MetadataValue]) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    file_type = _file_type(gguf, fmt.name)
+    file_type = _file_type(gguf, format)
     if file_type is not None:
         writer.add_file_type(file_type)
     for key, value in metadata.items():

@@ -16,6 +16,7 @@ import torch
 
 from ..core.errors import SnugError
 from ..formats import FORMATS, Format
+from .mixes import Mix, block_numbers, mixed_format
 from .precision import PrecisionRules
 
 MAX_NAME = 127  # bytes; ggml's name field holds 128 with the final zero
@@ -40,13 +41,15 @@ class PlannedTensor:
 
 
 def plan_tensors(
-    tensors: Mapping[str, torch.Tensor], fmt: type[Format], rules: PrecisionRules
+    tensors: Mapping[str, torch.Tensor], wanted: type[Format] | Mix, rules: PrecisionRules
 ) -> list[PlannedTensor]:
     """What is stored how, in the order of `tensors`; dropped tensors are left out.
 
+    wanted: the format of matrices, or a mix that gives every matrix its own.
     Raises SnugError for a name longer than 127 bytes and for a tensor that is not floating point.
     """
     plan = []
+    blocks = block_numbers(tensors)
     for name in tensors:
         if rules.is_dropped(name):
             continue
@@ -59,6 +62,7 @@ def plan_tensors(
             )
         original = tuple(tensor.shape)
         stored = _stored_shape(original, rules)
+        fmt = mixed_format(wanted, name, stored, *blocks[name]) if isinstance(wanted, Mix) else wanted
         # ComfyUI-GGUF restores the original shape of F16 and F32 kernels only.
         too_deep = len(original) > MAX_DIMS
         chosen = FORMATS["F32"] if too_deep else _choose_format(name, stored, tensor.dtype, fmt, rules)
@@ -87,13 +91,14 @@ def _stored_shape(shape: tuple[int, ...], rules: PrecisionRules) -> tuple[int, .
 
 
 def _choose_format(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, fmt: type[Format], rules: PrecisionRules
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, fmt: type[Format] | None, rules: PrecisionRules
 ) -> type[Format]:
+    """fmt: what a matrix gets; None when it has no format for rows of this length."""
     if len(shape) <= 1 or math.prod(shape) <= MAX_SMALL or rules.is_full(name):
         return FORMATS["F32"]
-    if fmt.dtype is not None:
+    if fmt is not None and fmt.dtype is not None:
         return fmt
-    if len(shape) == 2 and not rules.is_half(name) and shape[-1] % fmt.block_size == 0:
+    if fmt is not None and len(shape) == 2 and not rules.is_half(name) and shape[-1] % fmt.block_size == 0:
         return fmt
     # bfloat16 weights may lie outside float16's range, so they keep their type at the same size.
     return FORMATS["BF16" if dtype == torch.bfloat16 else "F16"]
