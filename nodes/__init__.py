@@ -22,6 +22,7 @@ class SnugExtension(ComfyExtension):
         from .memory_budget import SnugMemoryBudget
         from .model_inspector import SnugModelInspector
         from .precision import SnugPrecision, SnugPrecisionCLIP, SnugPrecisionVAE
+        from .quantize import SnugQuantizeModel, SnugQuantizeTextEncoder
         from .torch_compile import SnugTorchCompile
         from .vram_monitor import SnugVRAMMonitor
 
@@ -31,6 +32,8 @@ class SnugExtension(ComfyExtension):
             SnugLoadCheckpoint,
             SnugLoadLora,
             SnugLoadControlNet,
+            SnugQuantizeModel,
+            SnugQuantizeTextEncoder,
             SnugLayerwiseCasting,
             SnugLayerwiseCastingCLIP,
             SnugGroupOffload,

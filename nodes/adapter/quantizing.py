@@ -1,0 +1,142 @@
+"""Quantizing a MODEL or CLIP in memory: another one beside it, whose layers hold packed weights."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...quant_backends.core.errors import SnugError
+from ...quant_backends.quantization import LayerInfo, Recipe, make_recipe, targets
+from ...quant_backends.quantization.calibration import Calibration
+from .conversion import NETWORK, Conversion, encoding_device, layer_info, make_room, shared_weights
+from .provenance import with_recipe
+from .reweight import replaceable_layers, reweight, reweight_clip
+
+DEVICES = ("auto", "cpu")
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """target: a key of `targets()`. skip: as `parse_skip_patterns` takes it. calibration: of this network, or None.
+
+    fuse_lora: whether patches are merged before quantizing, else they stay patches. requantize: whether what is
+    quantized already is decoded and quantized again. device: of DEVICES; "auto" is the GPU where there is one.
+    overrides: formats of single layers by name, see Recipe.
+    """
+
+    target: str
+    skip: str = "default"
+    calibration: Calibration | None = None
+    fuse_lora: bool = False
+    requantize: bool = False
+    device: str = DEVICES[0]
+    overrides: Mapping[str, str] | None = None
+
+
+def available_targets() -> list[str]:
+    """Names of the targets that can be chosen here, in the order of menus."""
+    return [target.name for target in targets().values() if not target.unavailable]
+
+
+def unavailable_targets() -> dict[str, str]:
+    """Those that cannot, with the reason."""
+    return {target.name: target.unavailable for target in targets().values() if target.unavailable}
+
+
+def quantize_model(patcher: Any, settings: QuantizeSettings) -> tuple[Any, str]:
+    """(a MODEL of its own with quantized weights, report). The given one keeps every bit.
+
+    Raises SnugError for a target that there is not or that is unavailable, a pattern that is no regular expression, and
+    a calibration of another model.
+    """
+    quantizing = _quantizing(patcher, settings, NETWORK)
+    new = _without_fused(reweight(patcher, quantizing.conversion), quantizing)
+    return new, quantizing.conversion.report(patcher, new)
+
+
+def quantize_clip(clip: Any, settings: QuantizeSettings) -> tuple[Any, str]:
+    """The same for a CLIP, whose layers are named with their text encoder: "t5xxl.transformer.encoder.…"."""
+    quantizing = _quantizing(clip.patcher, settings, "")
+    new = reweight_clip(clip, quantizing.conversion)
+    _without_fused(new.patcher, quantizing)
+    return new, quantizing.conversion.report(clip.patcher, new.patcher)
+
+
+@dataclass(frozen=True)
+class _Quantizing:
+    recipe: Recipe
+    conversion: Conversion
+
+
+def _quantizing(patcher: Any, settings: QuantizeSettings, prefix: str) -> _Quantizing:
+    model = patcher.model
+    layers = [
+        layer_info(name.removeprefix(prefix), layer)
+        for name, layer in replaceable_layers(model)
+        if name.startswith(prefix)
+    ]
+    importance = settings.calibration.importance if settings.calibration else {}
+    if importance and not any(layer.name in importance for layer in layers):
+        raise SnugError(
+            "The calibration has none of this model's layers; it was recorded with another model: connect one that "
+            "Calibrate (Snug) has made with this one."
+        )
+    recipe = make_recipe(
+        settings.target,
+        layers,
+        [name.removeprefix(prefix) for name, _ in model.named_parameters()],
+        skip=settings.skip,
+        is_text_encoder=not prefix,
+        overrides=settings.overrides,
+        importance=importance,
+    )
+    device = torch.device("cpu") if settings.device == "cpu" else encoding_device(patcher)
+    if device is not None:
+        make_room(model, device)
+    conversion = Conversion(
+        f"quantized to {recipe.target.name}",
+        lambda layer: keeping_reason(recipe, layer),
+        lambda layer, weight: _packed(recipe, layer, weight),
+        prefix,
+        device,
+        patcher.patches if settings.fuse_lora else {},
+        shared_weights(model),
+        settings.requantize,
+    )
+    return _Quantizing(recipe, conversion)
+
+
+def keeping_reason(recipe: Recipe, layer: LayerInfo) -> str | None:
+    """What keeps the layer as it is; None: the recipe quantizes it."""
+    if recipe.format_for(layer) is not None:
+        return None
+    if recipe.overrides.get(layer.name) == "":
+        return "the mix"
+    if layer.kind not in recipe.kinds:
+        return f"kind: {layer.kind}"
+    return recipe.skip.reason(layer.name) or f"shape, which {recipe.target.name} cannot hold"
+
+
+def _packed(recipe: Recipe, layer: LayerInfo, weight: torch.Tensor) -> Any:
+    packed = recipe.quantize(layer, weight)
+    assert packed is not None  # keeping_reason has been asked
+    return packed
+
+
+def _without_fused(new: Any, quantizing: _Quantizing) -> Any:
+    """Takes the patches away that are in the weights now, and notes what was done."""
+    for key in quantizing.conversion.fused:
+        del new.patches[key]
+    if quantizing.conversion.fused:
+        new.patches_uuid = uuid.uuid4()
+    done = {
+        **quantizing.recipe.describe(),
+        "layers": quantizing.conversion.formats.total(),
+        "lora_fused_layers": len(quantizing.conversion.fused),
+    }
+    with_recipe(new, done)
+    return new
