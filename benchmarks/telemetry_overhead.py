@@ -93,7 +93,7 @@ def parts(repeats: int) -> dict[str, float]:
     from snug.nodes.telemetry.report import report_text
     from snug.nodes.telemetry.service import Telemetry
 
-    service = Telemetry(lambda _: True, lambda *_: None)
+    service = Telemetry(lambda _: True, lambda _: None, lambda *_: None)
     service.monitor()
     service.leases.clear()
 

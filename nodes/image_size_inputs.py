@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-LARGEST_IMAGE = 16384
+SMALLEST_IMAGE, USUAL_IMAGE, LARGEST_IMAGE = 16, 1024, 16384
 LARGEST_BATCH = 4096
 
 
@@ -13,8 +13,8 @@ def image_size_inputs(ending: str) -> list[io.Input]:
     sides = [
         io.Int.Input(
             name,
-            default=1024,
-            min=16,
+            default=USUAL_IMAGE,
+            min=SMALLEST_IMAGE,
             max=LARGEST_IMAGE,
             step=8,
             tooltip=f"The {name} of the image in pixels{ending}",

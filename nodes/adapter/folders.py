@@ -17,12 +17,12 @@ from ...quant_backends.readers.gguf_file import looks_like_gguf
 @dataclass(frozen=True, slots=True)
 class _Library:
     """Files of one kind. key: ComfyUI's folder key. gguf_key: ComfyUI lists no .gguf files under its own; for
-    models and text encoders other packs share this one.
+    models and text encoders other packs share this one; empty where there are none.
     """
 
     what: str
     key: str
-    gguf_key: str
+    gguf_key: str = ""
 
     def files(self) -> list[str]:
         names: set[str] = set()
@@ -42,7 +42,8 @@ class _Library:
         )
 
     def _extensions(self) -> dict[str, tuple[str, ...]]:
-        return {self.key: (".safetensors", ".sft"), self.gguf_key: (".gguf",)}
+        found: dict[str, tuple[str, ...]] = {self.key: (".safetensors", ".sft")}
+        return {**found, self.gguf_key: (".gguf",)} if self.gguf_key else found
 
 
 DIFFUSION_MODELS = _Library("diffusion model", "diffusion_models", "unet_gguf")
@@ -50,6 +51,7 @@ TEXT_ENCODERS = _Library("text encoder", "text_encoders", "clip_gguf")
 LORAS = _Library("LoRA", "loras", "snug_loras_gguf")
 CHECKPOINTS = _Library("checkpoint", "checkpoints", "snug_checkpoints_gguf")
 CONTROLNETS = _Library("ControlNet", "controlnet", "snug_controlnet_gguf")
+VAES = _Library("VAE", "vae")
 
 
 def register() -> None:

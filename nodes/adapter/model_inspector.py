@@ -21,8 +21,10 @@ from ...quant_backends.writers.architecture import detect_architecture
 from .computing import ImageSize, computing_bytes, latent_shape, sampling_estimate
 from .folders import (
     CHECKPOINTS,
+    CONTROLNETS,
     LORAS,
     TEXT_ENCODERS,
+    VAES,
     diffusion_model_files,
     find_diffusion_model,
 )
@@ -38,15 +40,26 @@ _FILES: dict[str, tuple[Callable[[], Sequence[str]], Callable[[str], str]]] = {
     "text_encoders": (TEXT_ENCODERS.files, TEXT_ENCODERS.find),
     "checkpoints": (CHECKPOINTS.files, CHECKPOINTS.find),
     "loras": (LORAS.files, LORAS.find),
+    "controlnet": (CONTROLNETS.files, CONTROLNETS.find),
+    "vae": (VAES.files, VAES.find),
 }
 # Conventions whose files ComfyUI's own loaders take.
 _FOR_CORE = ("plain", "core")
 _LOADED = "its tensors are in the model that ComfyUI has built; choose the file to compare them"
 
 
+class NotListedError(SnugError):
+    """A file that ComfyUI does not list."""
+
+
+def listed_files() -> list[tuple[str, str]]:
+    """(folder, name) of every file that can be inspected."""
+    return [(folder, name) for folder, (names, _) in _FILES.items() for name in names()]
+
+
 def inspectable_files() -> list[str]:
     """NONE, and "folder/name" of every file that can be inspected."""
-    return [NONE, *(f"{folder}/{name}" for folder, (names, _) in _FILES.items() for name in names())]
+    return [NONE, *(f"{folder}/{name}" for folder, name in listed_files())]
 
 
 def find_file(choice: str) -> str:
@@ -54,6 +67,16 @@ def find_file(choice: str) -> str:
     folder, _, name = choice.partition("/")
     if folder not in _FILES:
         raise SnugError(f"'{choice}' is not in the list of files; press R in ComfyUI and choose another one.")
+    return _FILES[folder][1](name)
+
+
+def find_listed(folder: str, name: str) -> str:
+    """Full path of a file that is in ComfyUI's lists now. Raises NotListedError for anything else."""
+    if folder not in _FILES or name not in _FILES[folder][0]():
+        raise NotListedError(
+            f"'{folder}/{name}' is not in ComfyUI's lists of files that can be inspected; folders are "
+            f"{', '.join(_FILES)}, and files end in .gguf or .safetensors."
+        )
     return _FILES[folder][1](name)
 
 
@@ -169,7 +192,7 @@ def _dtype_text(dtype: Any) -> str:
 def _fit_of_patcher(patcher: Any, computing: int | None, work: str) -> Fit:
     blocks = tuple(unit.block for unit in offload_units(patcher.model, BLOCK))
     others = patcher.model_size() - sum(sum(block.sizes) for block in blocks)
-    return estimate_fit(_device(patcher.load_device), Demand(blocks, max(0, others), computing, work))
+    return estimate_fit(device_of(patcher.load_device), Demand(blocks, max(0, others), computing, work))
 
 
 def _fit_of_file(contents: FileContents, reference: Reference | None, size: ImageSize) -> Fit | None:
@@ -177,20 +200,35 @@ def _fit_of_file(contents: FileContents, reference: Reference | None, size: Imag
     if not contents.is_diffusion_model and contents.kind != "text encoder":
         return None
     computing, work = computing_bytes(0), "encoding a prompt"
-    nbytes = sum(weight.nbytes for weight in contents.weights)
     if contents.is_diffusion_model:
         computing, work = None, f"sampling {size}"
     if reference is not None:
         shape = latent_shape(reference.model.latent_format, size)
         computing = None if shape is None else computing_bytes(sampling_estimate(reference.model, shape))
-        keeps_halves = contents.convention not in _FOR_CORE
-        nbytes = loaded_bytes(contents.weights, reference.dtype, keeps_halves)
+    nbytes = _loaded(contents, reference)
     blocks = _blocks(contents.weights)
     others = nbytes - sum(sum(block.sizes) for block in blocks)
     device = management.get_torch_device()
     if not contents.is_diffusion_model:
         device = management.text_encoder_device()
-    return estimate_fit(_device(device), Demand(blocks, max(0, others), computing, work))
+    return estimate_fit(device_of(device), Demand(blocks, max(0, others), computing, work))
+
+
+def _loaded(contents: FileContents, reference: Reference | None) -> int:
+    """Bytes of the weights in memory."""
+    if reference is None:
+        return sum(weight.nbytes for weight in contents.weights)
+    return loaded_bytes(contents.weights, reference.dtype, contents.convention not in _FOR_CORE)
+
+
+def file_weight_bytes(path: str) -> int:
+    """Bytes of all weights of a file once they are loaded; what is beside a diffusion model counts as it is stored.
+
+    Raises FileFormatError when the file is damaged.
+    """
+    contents = read_header(path)
+    reference, _ = _reference(contents)
+    return _loaded(contents, reference) + sum(weight.nbytes for weight in contents.companions)
 
 
 def _blocks(weights: Sequence[StoredWeight]) -> tuple[Block, ...]:
@@ -198,7 +236,7 @@ def _blocks(weights: Sequence[StoredWeight]) -> tuple[Block, ...]:
     return tuple(Block(name, (nbytes,)) for group in groups for name, nbytes in group.blocks)
 
 
-def _device(device: Any) -> Device:
+def device_of(device: Any) -> Device:
     """What ComfyUI can use of a device: also what its loaded models take there, which it unloads."""
     loaded = sum(
         entry.model_loaded_memory()

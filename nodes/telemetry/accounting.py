@@ -11,7 +11,8 @@ class DeviceReading:
 
     total, free: by the driver or the operating system. allocated: what this process uses, reserved: that and what
     torch keeps for later; on a CPU both are the process's resident memory. pages: weights that ComfyUI's dynamic VRAM
-    holds beside torch. weights: of loaded models, without those pages.
+    holds beside torch. weights: of loaded models, without those pages. retries, ooms: how often torch freed its cache
+    and asked again, and how often it ran out of memory, since the process started; 0 where nobody counts.
     """
 
     name: str
@@ -23,6 +24,8 @@ class DeviceReading:
     weights: int
     pages: int = 0
     is_gpu: bool = True
+    retries: int = 0
+    ooms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class DeviceParts:
     """The parts of a device's memory, in bytes; together they are `total`.
 
     activations: what this process uses beside weights (on a CPU the program itself, too). cache: what torch keeps for
-    later. other: the driver, the context and other processes.
+    later. other: the driver, the context and other processes. retries, ooms: as in DeviceReading.
     """
 
     name: str
@@ -43,6 +46,8 @@ class DeviceParts:
     other: int
     free: int
     is_gpu: bool = True
+    retries: int = 0
+    ooms: int = 0
 
     @property
     def used(self) -> int:
@@ -71,6 +76,8 @@ def split(reading: DeviceReading) -> DeviceParts:
         left - free,
         free,
         reading.is_gpu,
+        reading.retries,
+        reading.ooms,
     )
 
 

@@ -10,24 +10,32 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class RingBuffer(Generic[T]):
-    """The last `capacity` values that were added, numbered from 1 on. Safe to use from several threads."""
+class Numbers:
+    """Counts from 1 on what is added to the buffers that share it, so that one number says how far somebody has read
+    all of them."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.last = 0
+
+
+class RingBuffer(Generic[T]):
+    """The last `capacity` values that were added, with rising numbers. Safe to use from several threads."""
+
+    def __init__(self, capacity: int, numbers: Numbers | None = None) -> None:
         self._values: deque[tuple[int, T]] = deque(maxlen=capacity)
-        self._lock = threading.Lock()
-        self._last = 0
+        self._numbers = numbers or Numbers()
 
     def add(self, value: T) -> int:
         """Returns the value's number."""
-        with self._lock:
-            self._last += 1
-            self._values.append((self._last, value))
-            return self._last
+        with self._numbers.lock:
+            self._numbers.last += 1
+            self._values.append((self._numbers.last, value))
+            return self._numbers.last
 
     def since(self, number: int = 0) -> list[tuple[int, T]]:
         """(number, value) of those after `number` that are still there, the oldest first."""
-        with self._lock:
+        with self._numbers.lock:
             return [entry for entry in self._values if entry[0] > number]
 
     def __len__(self) -> int:

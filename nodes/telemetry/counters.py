@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management as management
 import psutil
@@ -67,16 +67,28 @@ def main_device() -> str:
     return str(found[0]) if found else CPU
 
 
-def allocator(device: torch.device) -> tuple[int, int, int]:
-    """(bytes allocated, reserved, most allocated since the peak was set back) by torch on a GPU."""
+class Allocator(NamedTuple):
+    """Of torch on a GPU, in bytes. peak: the most allocated since it was set back. retries, ooms: as in
+    DeviceReading."""
+
+    allocated: int
+    reserved: int
+    peak: int
+    retries: int = 0
+    ooms: int = 0
+
+
+def allocator(device: torch.device) -> Allocator:
     if device.type == "mps":
         allocated = torch.mps.current_allocated_memory()
-        return allocated, max(allocated, torch.mps.driver_allocated_memory()), allocated
+        return Allocator(allocated, max(allocated, torch.mps.driver_allocated_memory()), allocated)
     stats: Any = (torch.cuda if device.type == "cuda" else torch.xpu).memory_stats(device)
-    return (
+    return Allocator(
         stats.get("allocated_bytes.all.current", 0),
         stats.get("reserved_bytes.all.current", 0),
         stats.get("allocated_bytes.all.peak", 0),
+        stats.get("num_alloc_retries", 0),
+        stats.get("num_ooms", 0),
     )
 
 
@@ -105,9 +117,11 @@ class Counters:
         """By device, with the peak since this was called before."""
         found = {CPU: self._resident.read()}
         for device in gpus():
-            allocated, reserved, peak = allocator(device)
-            beside = pages(device, reserved)
-            found[str(device)] = Counter(allocated + beside, peak + beside)
+            torchs = allocator(device)
+            beside = pages(device, torchs.reserved)
+            found[str(device)] = Counter(
+                torchs.allocated + beside, torchs.peak + beside, torchs.retries, torchs.ooms
+            )
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             elif device.type == "xpu":

@@ -40,14 +40,24 @@ def _ram(models: list[ModelRow], resident: int) -> DeviceParts:
 
 
 def _gpu(device: torch.device, models: list[ModelRow]) -> DeviceParts:
-    allocated, reserved, _ = allocator(device)
+    torchs = allocator(device)
     here = [row for row in models if row.device == str(device)]
     paged = sum(row.on_device for row in here if row.is_paged)
     weights = sum(row.on_device for row in here if not row.is_paged)
-    total, free = _total_and_free(device, reserved)
-    beside = pages(device, reserved) or paged
+    total, free = _total_and_free(device, torchs.reserved)
     return split(
-        DeviceReading(str(device), _title(device), total, free, allocated, reserved, weights, beside)
+        DeviceReading(
+            str(device),
+            _title(device),
+            total,
+            free,
+            torchs.allocated,
+            torchs.reserved,
+            weights,
+            pages(device, torchs.reserved) or paged,
+            retries=torchs.retries,
+            ooms=torchs.ooms,
+        )
     )
 
 
@@ -75,8 +85,22 @@ def _nvml_memory(device: torch.device) -> tuple[int, int] | None:
     nvml, handle = _nvml(device)
     if nvml is None:
         return None
-    info = nvml.nvmlDeviceGetMemoryInfo(handle)
+    try:
+        info = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except Exception as error:  # its errors share no base with anything
+        logger.debug("NVML does not tell the memory of %s: %s", device, error)
+        return None
     return info.free, info.total
+
+
+def driver_version() -> str | None:
+    """Of NVIDIA's driver, where NVML is installed and there is such a device."""
+    for device in gpus():
+        nvml, _ = _nvml(device) if device.type == "cuda" else (None, None)
+        if nvml is not None:
+            found = nvml.nvmlSystemGetDriverVersion()
+            return found.decode() if isinstance(found, bytes) else str(found)
+    return None
 
 
 @lru_cache
@@ -91,6 +115,6 @@ def _nvml(device: torch.device) -> tuple[Any, Any]:
         # Devices are numbered in another order there, but have the same UUID.
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    except Exception as error:  # its errors share no base with anything
+    except Exception as error:
         logger.debug("NVML is not used: %s", error)
         return None, None

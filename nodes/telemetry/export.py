@@ -29,8 +29,8 @@ def write_report(folder: Path, name: str, suffix: str, text: str) -> Path:
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise SnugError(
-            f"The report could not be written to {target.parent}: {error.strerror or error}. Choose another "
-            "filename_prefix, or set save_as to nothing."
+            f"{name}{suffix} could not be written below ComfyUI's output folder: {error.strerror or error}. Make "
+            "room there, or choose another filename_prefix."
         ) from error
 
 

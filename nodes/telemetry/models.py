@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ import torch
 from ..adapter.compat import is_dynamic
 from ..adapter.weight_formats import main_formats
 from .accounting import ModelRow
+from .events import Holding
 
 Key = tuple[int, str]
 
@@ -23,6 +25,9 @@ class LoadedModels:
         self._uses: dict[Key, tuple[object, str | None]] = {}
         self._pinned: WeakKeyDictionary[torch.nn.Module, tuple[int, int]] = WeakKeyDictionary()
         self._formats: WeakKeyDictionary[torch.nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+        # An id is given to another model once the first is gone; these numbers are not.
+        self._numbers: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+        self._counter = count()
 
     def mark(self, node: str | None) -> None:
         """Whatever was loaded for use since this was called last was so for `node`."""
@@ -32,6 +37,19 @@ class LoadedModels:
             is_same = use is not None and use[0] is loaded.model_finalizer
             uses[key] = use if use is not None and is_same else (loaded.model_finalizer, node)
         self._uses = uses
+
+    def holdings(self) -> dict[tuple[int, str], Holding]:
+        """What devices hold of each model, by the model's number and the device."""
+        found = {}
+        for _, loaded, patcher in _distinct():
+            number = self._numbers.get(patcher.model)
+            if number is None:
+                number = self._numbers[patcher.model] = next(self._counter)
+            total = int(patcher.model_size())
+            nbytes = total if is_dynamic(patcher) else min(int(patcher.loaded_size()), total)
+            device = str(loaded.device)
+            found[number, device] = Holding(type(patcher.model).__name__, device, nbytes)
+        return found
 
     def rows(self) -> list[ModelRow]:
         rows = []

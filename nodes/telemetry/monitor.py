@@ -16,9 +16,9 @@ from ...quant_backends.core.errors import SnugError
 from .accounting import Sample
 from .chart import HEIGHT, WIDTH, draw_timeline
 from .export import write_report
+from .process import telemetry
 from .record import PromptRecord
 from .report import as_csv, as_json, report_text, size_text
-from .routes import telemetry
 
 logger = logging.getLogger("snug")
 
@@ -94,7 +94,13 @@ def _freed(before: Sample, after: Sample) -> str:
 
 def _save(settings: Settings, record: PromptRecord, sample: Sample) -> str:
     """Returns the file's path below the output folder."""
-    text = as_csv(record) if settings.save_as == CSV else as_json(record, sample)
+    text = (
+        as_csv(record) if settings.save_as == CSV else as_json(record, sample, telemetry().events_of(record))
+    )
+    return save(settings.filename_prefix, f".{settings.save_as.lower()}", text)
+
+
+def save(name: str, suffix: str, text: str) -> str:
+    """Writes a report and returns its path below the output folder. Raises SnugError as `write_report` does."""
     folder = Path(folder_paths.get_output_directory())
-    path = write_report(folder, settings.filename_prefix, f".{settings.save_as.lower()}", text)
-    return path.relative_to(folder.resolve()).as_posix()
+    return write_report(folder, name, suffix, text).relative_to(folder.resolve()).as_posix()

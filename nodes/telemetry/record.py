@@ -19,10 +19,12 @@ POINTS = 1200
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """Bytes in use now, and the most since the counter was read before."""
+    """Bytes in use now, and the most since the counter was read before. retries, ooms: as in DeviceReading."""
 
     current: int
     peak: int
+    retries: int = 0
+    ooms: int = 0
 
 
 Counters = Mapping[str, Counter]
@@ -165,6 +167,12 @@ class PromptRecord:
         """The title of the node that started last and runs."""
         with self._lock:
             return next(reversed([node.title for node in self._open.values()]), None)
+
+    def stopped(self, node_id: str) -> str | None:
+        """The title of the node with this id, or of another one that was stopped, as nodes may run inside others."""
+        with self._lock:
+            found = [node for node in self._nodes if node.node_id == node_id or node.state == "stopped"]
+            return max(found, key=lambda node: node.node_id == node_id).title if found else None
 
     def highest(self) -> NodeRecord | None:
         """The node with the highest peak on the device."""

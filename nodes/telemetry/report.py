@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from .accounting import DeviceParts, ModelRow, Sample
+from .events import Event
 from .record import NodeRecord, PromptRecord
 
 GIGABYTE, MEGABYTE = 2**30, 2**20
@@ -99,6 +100,16 @@ def sample_data(sample: Sample) -> dict[str, Any]:
     return asdict(sample)
 
 
+def pushed_data(number: int, sample: Sample, events: Iterable[Event]) -> dict[str, Any]:
+    """A sample as it is sent to clients, with the events since the one before."""
+    return {"number": number, **sample_data(sample), "events": [event_data(event) for event in events]}
+
+
+def event_data(event: Event) -> dict[str, Any]:
+    """Without what does not apply."""
+    return {name: value for name, value in asdict(event).items() if value is not None}
+
+
 def node_data(node: NodeRecord) -> dict[str, Any]:
     return {**asdict(node), "added": {device: node.added(device) for device in node.peak}}
 
@@ -115,17 +126,23 @@ def record_data(record: PromptRecord, from_start: bool = True) -> dict[str, Any]
     }
 
 
-def as_json(record: PromptRecord, sample: Sample) -> str:
-    return json.dumps({**record_data(record, from_start=False), "now": sample_data(sample)}, indent=1)
+def as_json(
+    record: PromptRecord, sample: Sample, events: Iterable[Event] = (), from_start: bool = False
+) -> str:
+    """The whole prompt, or what came after the start of the window, with its events and what there is now."""
+    data = record_data(record, from_start)
+    happened = [event_data(event) for event in events if event.time >= data["started"]]
+    return json.dumps({**data, "events": happened, "now": sample_data(sample)}, indent=1)
 
 
-def as_csv(record: PromptRecord) -> str:
+def as_csv(record: PromptRecord, from_start: bool = False) -> str:
     """One line for each node and device."""
     text = io.StringIO()
     table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     table.writeheader()
-    for node in record.nodes():
-        table.writerows(_rows(node, record.window_started))
+    start = record.started if from_start else record.window_started
+    for node in record.nodes(from_start):
+        table.writerows(_rows(node, start))
     return text.getvalue()
 
 

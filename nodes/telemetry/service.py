@@ -6,13 +6,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from . import progress
 from .accounting import DeviceParts, Sample
-from .buffers import RingBuffer
-from .counters import Counters, main_device
+from .buffers import Numbers, RingBuffer
+from .counters import CPU, Counters, main_device
 from .devices import read_devices
+from .events import Event, Events, Failures
 from .leases import Leases
 from .models import LoadedModels
 from .record import Counter, PromptRecord
@@ -23,25 +25,41 @@ logger = logging.getLogger("snug")
 RUNNING, IDLE = 0.2, 1.0
 SLACK = 0.02  # waiting ends a little early or late
 # Seconds between looks for the registry of a prompt that is just being made.
-SOON, SOON_TIMES = 0.001, 100
+SOON, SOON_TIMES = 0.001, 300
 HISTORY = 3000  # samples: ten minutes of running
 PROMPTS = 5
 MOST_FAILURES = 5
 
 
+@dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """node_id: of the node that ended a prompt so. is_ram: whether it was the RAM that did not suffice."""
+
+    node_id: str
+    is_ram: bool
+
+
 class Telemetry:
     """One per process. Methods may be called from any thread.
 
-    is_running(prompt id): whether ComfyUI is at it. send(sample, client ids): passes a sample on.
+    is_running(prompt id): whether ComfyUI is at it. out_of_memory(prompt id): where an ended prompt ran out of memory,
+    None when it did not. send(number, sample, events, client ids): passes a sample on with the events
+    since the one before.
     """
 
     def __init__(
-        self, is_running: Callable[[str], bool], send: Callable[[int, Sample, list[str]], None]
+        self,
+        is_running: Callable[[str], bool],
+        out_of_memory: Callable[[str], OutOfMemory | None],
+        send: Callable[[int, Sample, list[Event], list[str]], None],
     ) -> None:
         self.leases = Leases()
-        self.history: RingBuffer[Sample] = RingBuffer(HISTORY)
+        numbers = Numbers()
+        self.history: RingBuffer[Sample] = RingBuffer(HISTORY, numbers)
+        self.events = Events(numbers)
         self.prompts: deque[PromptRecord] = deque(maxlen=PROMPTS)
-        self._is_running, self._send = is_running, send
+        self._is_running, self._out_of_memory, self._send = is_running, out_of_memory, send
+        self._sent = 0
         self._models = LoadedModels()
         self._counters: Counters | None = None
         self._lock = threading.RLock()
@@ -85,7 +103,9 @@ class Telemetry:
         record = self._record
         if record is not None:
             with self._reading:
-                record.open(node_id, title, time.time(), self._read())
+                counters = self._read()
+                record.open(node_id, title, time.time(), counters)
+            self._note(counters, None)
 
     def node_stepped(self, node_id: str) -> None:
         record = self._record
@@ -97,13 +117,19 @@ class Telemetry:
         if record is None:
             return
         with self._reading:
-            node = record.close(node_id, time.time(), self._read())
+            counters = self._read()
+            node = record.close(node_id, time.time(), counters)
         if node is not None:
             self._models.mark(node.title)
+            self._note(counters, node.title)
 
     def prompt_ended(self) -> None:
         """The next prompt begins right after this."""
         self._end()
+        self.prompt_queued()
+
+    def prompt_queued(self) -> None:
+        """A prompt may begin soon, whose first node is to be seen."""
         self._is_between_prompts = True
         self._wake.set()
 
@@ -130,6 +156,10 @@ class Telemetry:
     def _start(self) -> None:
         with self._lock:
             if not self.is_sampling:
+                self.events.forget()
+                registry = progress.current()
+                if registry is not None and not self._is_running(registry.prompt_id):
+                    self._registry = registry  # it ended before anybody looked
                 self._thread = threading.Thread(target=self._run, name="snug-telemetry", daemon=True)
                 self._thread.start()
             self._wake.set()
@@ -174,6 +204,7 @@ class Telemetry:
 
     def _sample(self) -> None:
         sample = self.take()
+        self._note({parts.name: parts for parts in sample.devices}, sample.running)
         record = self._record
         if record is not None:
             with self._reading:
@@ -181,7 +212,8 @@ class Telemetry:
         number = self.history.add(sample)
         receivers = self.leases.receivers(time.monotonic())
         if receivers:
-            self._send(number, sample, receivers)
+            self._send(number, sample, [event for _, event in self.events.ring.since(self._sent)], receivers)
+        self._sent = number
 
     # ---- which prompt ----------------------------------------------------------------------------------------------
 
@@ -203,7 +235,12 @@ class Telemetry:
 
     def _begin_outside(self, registry: progress.Registry) -> bool:
         with self._lock:
-            if registry is self._registry or not self._is_running(registry.prompt_id):
+            if registry is self._registry:
+                return False
+            if not self._is_running(registry.prompt_id):
+                self._end()
+                self._registry = registry  # it was over before it was seen
+                self._note_failure(registry.prompt_id, time.time(), None)
                 return False
             before = self._registry
             handler = self._begin(registry)
@@ -230,11 +267,44 @@ class Telemetry:
             if self._handler is not None:
                 self._handler.disable()
             if record is not None:
-                record.finish(time.time(), self._last_counters())
+                counters, running = self._last_counters(), record.running()
+                record.finish(time.time(), counters)
+                self._note_end(record, counters, running)
                 self.prompts.append(record)
 
     def running_record(self) -> PromptRecord | None:
         return self._record
+
+    def record_of(self, prompt_id: str) -> PromptRecord | None:
+        """Of a prompt that runs or was recorded lately."""
+        records = [*self.prompts, self._record]
+        return next((record for record in records if record and record.prompt_id == prompt_id), None)
+
+    def events_of(self, record: PromptRecord) -> list[Event]:
+        return self.events.between(record.started, record.ended or time.time())
+
+    # ---- events ----------------------------------------------------------------------------------------------------
+
+    def _note(self, failures: Mapping[str, Failures], node: str | None) -> None:
+        self.events.note(time.time(), self._models.holdings(), failures, node)
+
+    def _note_end(self, record: PromptRecord, failures: Mapping[str, Failures], node: str | None) -> None:
+        """A record ends in any case, so that errors are only logged."""
+        try:
+            self._note(failures, node)
+        except Exception:
+            logger.debug("The end of a prompt could not be looked at.", exc_info=True)
+        self._note_failure(record.prompt_id, record.started, record)
+
+    def _note_failure(self, prompt_id: str, started: float, record: PromptRecord | None) -> None:
+        try:
+            found = self._out_of_memory(prompt_id)
+            if found is not None:
+                device = CPU if found.is_ram else main_device()
+                node = record.stopped(found.node_id) if record is not None else None
+                self.events.prompt_ran_out(started, time.time(), device, node or f"#{found.node_id}")
+        except Exception:
+            logger.debug("How a prompt ended could not be found out.", exc_info=True)
 
     # ---- counters --------------------------------------------------------------------------------------------------
 

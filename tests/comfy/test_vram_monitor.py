@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-import itertools
 import json
-import time
-import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,21 +14,22 @@ import aiohttp
 import pytest
 from comfy_server import ComfyServer, WorkflowError
 from PIL import Image
+from telemetry_server import (
+    EXPECTED,
+    HISTORY,
+    LEASE,
+    MEGABYTES,
+    allocation,
+    is_sampling,
+    refused,
+    show,
+    tags,
+    wait_until,
+)
 from twins import Twins
 from workflows import Workflow, build_workflow, saved_latent
 
 pytestmark = pytest.mark.comfy
-
-MEGABYTES = 256
-EXPECTED = MEGABYTES << 20
-LEASE, SNAPSHOT, HISTORY = (f"/snug/telemetry/{name}" for name in ("lease", "snapshot", "history"))
-_tags = itertools.count(1)
-
-
-def allocation(megabytes: int = MEGABYTES, seconds: float = 0.0, after: str | None = None) -> dict[str, Any]:
-    links = {"after": [after, 0]} if after else {}
-    inputs = {"megabytes": megabytes, "seconds": seconds, "tag": next(_tags), **links}
-    return {"class_type": "SnugTestAllocate", "inputs": inputs, "_meta": {"title": f"Take {megabytes}"}}
 
 
 def monitor(link: str, output: int = 0, **settings: Any) -> dict[str, Any]:
@@ -49,25 +47,6 @@ def saved(server: ComfyServer, outputs: dict[str, Any], node: str = "monitor") -
 
 def added(node: dict[str, Any]) -> int:
     return node["peak"]["cpu"] - node["before"]["cpu"]
-
-
-def refused(server: ComfyServer, path: str, body: Any = None) -> str:
-    """The sentence of an answer 400."""
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        server.request(path, body)
-    assert caught.value.code == 400
-    return json.loads(caught.value.read())["error"]
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def is_sampling(server: ComfyServer) -> bool:
-    return server.json(SNAPSHOT)["is_sampling"]
 
 
 def test_a_known_amount_is_reported_within_a_percent(comfy_server: ComfyServer) -> None:
@@ -106,7 +85,7 @@ def test_on_wires_of_a_sampling_workflow(
     file = twins("sd3", "Q4_0").gguf.name
 
     def build() -> Workflow:
-        return build_workflow("sd3", "snug", file, steps=2, seed=next(_tags))
+        return build_workflow("sd3", "snug", file, steps=2, seed=next(tags))
 
     plain, watched = build(), build()
     watched["sampler"]["inputs"]["seed"] = plain["sampler"]["inputs"]["seed"]
@@ -147,7 +126,7 @@ def test_results_after_the_monitor_stay_cached(comfy_server: ComfyServer) -> Non
 
 
 def test_memory_is_freed(comfy_server: ComfyServer, twins: Callable[[str, str], Twins]) -> None:
-    workflow = build_workflow("sd3", "snug", twins("sd3", "Q8_0").gguf.name, steps=1, seed=next(_tags))
+    workflow = build_workflow("sd3", "snug", twins("sd3", "Q8_0").gguf.name, steps=1, seed=next(tags))
     workflow["monitor"] = monitor("sampler", free_memory=True)
     outputs = comfy_server.run(workflow)
     assert outputs["monitor"]["text"][0].startswith("Freed before continuing: ")
@@ -273,7 +252,3 @@ def test_too_many_leases_are_refused(comfy_server: ComfyServer) -> None:
     for name in names:
         comfy_server.json(LEASE, {"client_id": name, "seconds": 0})
     wait_until(lambda: not is_sampling(comfy_server))
-
-
-def show(link: str) -> dict[str, Any]:
-    return {"class_type": "PreviewAny", "inputs": {"source": [link, 0]}}

@@ -131,7 +131,7 @@ def test_12_gb_of_flux_on_smaller_cards(tmp_path: Path, monkeypatch: pytest.Monk
 
     def fit(gigabytes: int) -> Any:
         card = Device("a card", gigabytes << 30, gigabytes << 30, 2**29, True)
-        monkeypatch.setattr(model_inspector, "_device", lambda _device: card)
+        monkeypatch.setattr(model_inspector, "device_of", lambda _device: card)
         return model_inspector.inspect_file(str(path), ImageSize(512, 512, 1)).fit
 
     assert fit(32).offloaded == 0

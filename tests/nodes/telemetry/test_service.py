@@ -16,7 +16,11 @@ class Prompts:
 
     def __init__(self) -> None:
         self.running: str | None = None
+        self.failed: dict[str, Any] = {}
         self._count = 0
+
+    def is_running(self, prompt: str) -> bool:
+        return prompt == self.running
 
     def start(self) -> Any:
         from comfy_execution import progress
@@ -43,7 +47,7 @@ def prompts() -> Prompts:
 
 
 @pytest.fixture
-def sent() -> list[tuple[int, Any, list[str]]]:
+def sent() -> list[Any]:
     return []
 
 
@@ -51,7 +55,7 @@ def sent() -> list[tuple[int, Any, list[str]]]:
 def service(prompts: Prompts, sent: list[Any]) -> Iterator[Any]:
     from snug.nodes.telemetry.service import Telemetry
 
-    service = Telemetry(lambda prompt: prompt == prompts.running, lambda *sample: sent.append(sample))
+    service = Telemetry(prompts.is_running, prompts.failed.get, lambda *sample: sent.append(sample))
     yield service
     prompts.running = None
     service.leases.clear()
@@ -111,7 +115,7 @@ def test_a_lease_sees_prompts_from_their_first_node(service: Any, prompts: Promp
     (node,) = service.running_record().nodes()
     assert node.title == "B #b" and node.added("cpu") == pytest.approx(100 << 20, rel=0.01)
     wait_until(lambda: len(sent) >= 2)
-    assert all(clients == ["client"] for _, _, clients in sent)
+    assert all(clients == ["client"] for *_, clients in sent)
 
 
 def test_a_handler_that_comes_late_sees_the_node_that_runs(service: Any, prompts: Prompts) -> None:

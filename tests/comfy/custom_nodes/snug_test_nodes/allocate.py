@@ -12,6 +12,7 @@ import torch
 
 class SnugTestAllocate:
     """Holds so many MB (of 2^20 bytes) on ComfyUI's device for `seconds`, with a progress bar, then gives them back.
+    No machine has the largest amount.
 
     tag: any number, so that ComfyUI has no result of it yet. Returns it as text.
     """
@@ -24,7 +25,7 @@ class SnugTestAllocate:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {
             "required": {
-                "megabytes": ("INT", {"default": 256, "min": 0, "max": 2**16}),
+                "megabytes": ("INT", {"default": 256, "min": 0, "max": 2**30}),
                 "seconds": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 600.0}),
                 "tag": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1}),
             },
