@@ -1,0 +1,121 @@
+/** What Snug's server sends. Sizes are bytes, times seconds since the epoch. */
+declare namespace Snug {
+  type Part = "weights" | "pages" | "activations" | "cache" | "other" | "free";
+
+  interface Device extends Record<Part, number> {
+    name: string;
+    title: string;
+    total: number;
+    is_gpu: boolean;
+  }
+
+  interface Model {
+    name: string;
+    device: string;
+    formats: string[];
+    on_device: number;
+    offloaded: number;
+    pinned: number;
+    total: number;
+    is_paged: boolean;
+    last_node: string | null;
+  }
+
+  interface Sample {
+    number: number;
+    time: number;
+    devices: Device[];
+    models: Model[];
+    running: string | null;
+  }
+
+  interface Node {
+    node_id: string;
+    title: string;
+    started: number;
+    ended: number | null;
+    before: Record<string, number>;
+    peak: Record<string, number>;
+    after: Record<string, number>;
+    added: Record<string, number>;
+    steps: number[];
+    state: "running" | "done" | "stopped";
+  }
+
+  interface Point {
+    time: number;
+    weights: number;
+    activations: number;
+    pages: number;
+    cache: number;
+  }
+
+  interface Prompt {
+    prompt_id: string;
+    device: string;
+    started: number;
+    ended: number | null;
+    nodes: Node[];
+    timeline: Point[];
+  }
+
+  interface Event {
+    time: number;
+    kind: "load" | "unload" | "oom" | "retry";
+    model?: string | null;
+    device?: string | null;
+    bytes?: number | null;
+    node?: string | null;
+  }
+
+  interface Counts {
+    retries: number;
+    ooms: number;
+  }
+
+  interface History {
+    samples: Sample[];
+    prompts: Prompt[];
+    running: Prompt | null;
+    events?: Event[];
+    counters?: Record<string, Counts>;
+  }
+
+  interface FileChoice {
+    folder: string;
+    name: string;
+  }
+
+  interface Forecast {
+    files: { name: string; weights_bytes?: number | null; error?: string | null }[];
+    total_bytes: number;
+    device: string;
+    free_bytes: number;
+    offloaded_bytes: number;
+  }
+
+  /** What the monitor node shows of its own report. */
+  interface MonitorPeak {
+    device: string;
+    peak_bytes: number;
+    total_bytes: number;
+    node: string | null;
+  }
+
+  /** off: nobody looks. waiting: the server is away. unavailable: it has no telemetry. */
+  type Connection = "off" | "connecting" | "live" | "waiting" | "unavailable";
+
+  interface State {
+    connection: Connection;
+    /** Why the connection is as it is, for people; empty when all is well. */
+    problem: string;
+    samples: Sample[];
+    /** Ended ones, the oldest first. */
+    prompts: Prompt[];
+    running: Prompt | null;
+    events: Event[];
+    counters: Record<string, Counts>;
+    /** Of the first reading, so that only what came since is told. */
+    firstCounters: Record<string, Counts>;
+  }
+}

@@ -1,0 +1,269 @@
+// @ts-check
+/**
+ * The connection to Snug's telemetry: it leases samples while somebody looks, and nothing else. Without a lease the
+ * server samples nothing, and without a watcher this sets no timer and sends no request.
+ */
+
+/** Type of the server's messages. */
+export const EVENT = "snug.telemetry";
+const LEASE_SECONDS = 15;
+const RENEW_MS = 5000;
+/** While a prompt runs, how often its nodes are asked for. */
+const HISTORY_MS = 1000;
+/** A prompt has just begun or ended: the server's record is complete a little later. */
+const SOON_MS = 300;
+const FIRST_RETRY_MS = 1000;
+const LONGEST_RETRY_MS = 30000;
+
+/**
+ * @typedef {{setTimeout: (call: () => void, ms: number) => any, clearTimeout: (timer: any) => void}} Timers
+ * @typedef {(action: import("./state.mjs").Action) => void} Dispatch
+ */
+
+export class TelemetryClient {
+  /** @type {Set<symbol>} */ #watchers = new Set();
+  /** Counts openings: an answer that comes after the next closing or opening is dropped. */
+  #generation = 0;
+  #isOpen = false;
+  #isLeased = false;
+  #failures = 0;
+  #lastNumber = 0;
+  #isAsking = false;
+  /** @type {any} */ #leaseTimer;
+  /** @type {any} */ #historyTimer;
+
+  /** @param {Comfy.Api} api @param {Dispatch} dispatch @param {Timers} [timers] */
+  constructor(api, dispatch, timers = globalThis) {
+    this.api = api;
+    this.dispatch = dispatch;
+    // Browsers insist on being called as functions of their window.
+    this.timers = {
+      setTimeout: timers.setTimeout.bind(timers),
+      clearTimeout: timers.clearTimeout.bind(timers),
+    };
+  }
+
+  get isOpen() {
+    return this.#isOpen;
+  }
+
+  /** Somebody looks, until the function that is returned is called (any number of times). @returns {() => void} */
+  watch() {
+    const watcher = Symbol("watcher");
+    this.#watchers.add(watcher);
+    if (!this.#isOpen) this.#open();
+    return () => {
+      this.#watchers.delete(watcher);
+      if (this.#isOpen && !this.#watchers.size) this.#close();
+    };
+  }
+
+  /** Asks for what has changed, soon. */
+  refresh() {
+    if (this.#isOpen) this.#askHistory(SOON_MS);
+  }
+
+  /** @param {string} route @param {unknown} body @returns {Promise<any>} Raises RequestError. */
+  post(route, body) {
+    const headers = { "Content-Type": "application/json" };
+    return request(this.api, route, { method: "POST", headers, body: JSON.stringify(body) });
+  }
+
+  /** @param {string} route @returns {Promise<any>} Raises RequestError. */
+  get(route) {
+    return request(this.api, route, { cache: "no-store" });
+  }
+
+  #open() {
+    this.#isOpen = true;
+    this.#generation += 1;
+    this.#failures = 0;
+    this.#lastNumber = 0;
+    // Listeners first: ComfyUI's page takes a message that nobody listens to for an error.
+    this.api.addEventListener(EVENT, this.#onSample);
+    this.api.addEventListener("reconnecting", this.#onReconnecting);
+    this.api.addEventListener("reconnected", this.#onReconnected);
+    this.api.addEventListener("status", this.#onStatus);
+    this.dispatch({ type: "connection", connection: "connecting" });
+    this.#lease();
+  }
+
+  #close() {
+    this.#isOpen = false;
+    this.#generation += 1;
+    this.#stopTimers();
+    this.api.removeEventListener(EVENT, this.#onSample);
+    this.api.removeEventListener("reconnecting", this.#onReconnecting);
+    this.api.removeEventListener("reconnected", this.#onReconnected);
+    this.api.removeEventListener("status", this.#onStatus);
+    // The lease ends by itself when the server is not reached.
+    if (this.#isLeased) this.#sendLease(0).catch(() => {});
+    this.#isLeased = false;
+    this.dispatch({ type: "connection", connection: "off" });
+  }
+
+  #stopTimers() {
+    this.timers.clearTimeout(this.#leaseTimer);
+    this.timers.clearTimeout(this.#historyTimer);
+    this.#leaseTimer = this.#historyTimer = undefined;
+  }
+
+  /** @param {number} seconds 0 ends it */
+  #sendLease(seconds) {
+    return this.post("/snug/telemetry/lease", { client_id: this.api.clientId ?? "", seconds, push: seconds > 0 });
+  }
+
+  async #lease() {
+    const generation = this.#generation;
+    this.timers.clearTimeout(this.#leaseTimer);
+    try {
+      await this.#sendLease(LEASE_SECONDS);
+    } catch (error) {
+      if (generation === this.#generation) this.#retryLease(error);
+      return;
+    }
+    if (generation !== this.#generation) {
+      // It was closed meanwhile, and the server got the two requests in an order that is not known.
+      if (!this.#isOpen) this.#sendLease(0).catch(() => {});
+      return;
+    }
+    const isFirst = !this.#isLeased;
+    this.#isLeased = true;
+    this.#failures = 0;
+    this.#leaseTimer = this.timers.setTimeout(() => this.#lease(), RENEW_MS);
+    if (isFirst) {
+      this.#lastNumber = 0;
+      this.dispatch({ type: "connection", connection: "live" });
+      this.#askHistory(0);
+    }
+  }
+
+  /** @param {unknown} error */
+  #retryLease(error) {
+    this.#isLeased = false;
+    const isMissing = error instanceof RequestError && error.isMissing;
+    this.dispatch({
+      type: "connection",
+      connection: isMissing ? "unavailable" : "waiting",
+      problem: isMissing
+        ? "This ComfyUI has no memory telemetry: restart it, and see in its log whether ComfyUI-Snug was loaded."
+        : messageOf(error),
+    });
+    const wait = Math.min(FIRST_RETRY_MS * 2 ** this.#failures, LONGEST_RETRY_MS);
+    this.#failures += 1;
+    this.#leaseTimer = this.timers.setTimeout(() => this.#lease(), wait);
+  }
+
+  /** @param {number} ms from now */
+  #askHistory(ms) {
+    this.timers.clearTimeout(this.#historyTimer);
+    this.#historyTimer = this.timers.setTimeout(() => this.#history(), ms);
+  }
+
+  async #history() {
+    this.#historyTimer = undefined;
+    if (this.#isAsking || !this.#isLeased) return;
+    const generation = this.#generation;
+    const since = this.#lastNumber;
+    this.#isAsking = true;
+    let history;
+    try {
+      history = await this.get(`/snug/telemetry/history?since=${since}`);
+    } catch {
+      // The lease finds out what is wrong, and asks again when all is well.
+      if (generation === this.#generation && this.#historyTimer === undefined) this.#askHistory(RENEW_MS);
+      return;
+    } finally {
+      this.#isAsking = false;
+    }
+    if (generation !== this.#generation) {
+      if (this.#isOpen) this.#askHistory(0);
+      return;
+    }
+    const numbers = history.samples.map((/** @type {Snug.Sample} */ sample) => sample.number);
+    this.#lastNumber = Math.max(this.#lastNumber, ...numbers);
+    this.dispatch({ type: "history", history, isWhole: since === 0 });
+    if (history.running && this.#historyTimer === undefined) this.#askHistory(HISTORY_MS);
+  }
+
+  /** @param {CustomEvent<Snug.Sample>} event */
+  #onSample = (event) => {
+    const sample = event.detail;
+    if (!this.#isLeased) return;
+    if (sample.number < this.#lastNumber) {
+      this.#lastNumber = 0; // it counts anew: another server
+      this.#askHistory(0);
+      return;
+    }
+    this.#lastNumber = sample.number;
+    this.dispatch({ type: "sample", sample });
+    if (sample.running && this.#historyTimer === undefined && !this.#isAsking) this.#askHistory(HISTORY_MS);
+  };
+
+  /** The queue has changed: a prompt began or ended. */
+  #onStatus = () => {
+    if (this.#isLeased) this.#askHistory(SOON_MS);
+  };
+
+  #onReconnecting = () => {
+    this.#generation += 1;
+    this.#isLeased = false;
+    this.#stopTimers();
+    this.dispatch({
+      type: "connection",
+      connection: "waiting",
+      problem: "ComfyUI does not answer; this goes on when it is back.",
+    });
+  };
+
+  #onReconnected = () => {
+    this.#generation += 1;
+    this.#isLeased = false;
+    this.#failures = 0;
+    this.#stopTimers();
+    this.#lease();
+  };
+}
+
+/** A request that was refused or not answered. status: of HTTP, 0 without an answer. isExplained: by Snug's server. */
+export class RequestError extends Error {
+  /** @param {string} message @param {number} status @param {boolean} [isExplained] */
+  constructor(message, status, isExplained = false) {
+    super(message);
+    this.status = status;
+    this.isExplained = isExplained;
+  }
+
+  /** ComfyUI has no such route: it answers a POST to one with 405. */
+  get isMissing() {
+    return !this.isExplained && (this.status === 404 || this.status === 405);
+  }
+}
+
+/** @param {Comfy.Api} api @param {string} route @param {RequestInit} options */
+async function request(api, route, options) {
+  let response;
+  try {
+    response = await api.fetchApi(route, options);
+  } catch {
+    throw new RequestError("ComfyUI does not answer.", 0);
+  }
+  const body = await response.text();
+  /** @type {any} */
+  let answer = null;
+  try {
+    answer = body ? JSON.parse(body) : null;
+  } catch {
+    // A page of an error, or of a proxy before ComfyUI.
+  }
+  if (!response.ok) {
+    const text = answer?.error ?? `ComfyUI answered with status ${response.status}.`;
+    throw new RequestError(String(text), response.status, Boolean(answer?.error));
+  }
+  return answer;
+}
+
+/** @param {unknown} error */
+export function messageOf(error) {
+  return error instanceof Error ? error.message : String(error);
+}
