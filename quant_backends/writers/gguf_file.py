@@ -8,9 +8,11 @@ shape), so that any loader of such files reads them.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..core.errors import SnugError
+from ..core.packed import PackedTensor
 from ..formats import FORMATS, Format, quantizable_formats
 from ..kernels.dequantize import quantize
 from .architecture import detect_architecture
@@ -36,8 +39,8 @@ _HEADER_MARGIN = 16 << 20  # bytes left for metadata, tensor descriptions and pa
 
 def write_gguf(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, torch.Tensor],
-    format: str,
+    tensors: Mapping[str, torch.Tensor | PackedTensor],
+    format: str | None,
     *,
     architecture: str | None = None,
     metadata: Mapping[str, MetadataValue] | None = None,
@@ -45,10 +48,11 @@ def write_gguf(
     progress: Progress | None = None,
 ) -> None:
     """Write a model to the GGUF file `path`, its matrices in `format` ("Q8_0", "Q4_K", "F16", ...) or in the formats of
-    a mix ("Q4_K_M", ...; `mixes.MIXES`).
+    a mix ("Q4_K_M", ...; `mixes.MIXES`); None: whatever is not packed already stays in 16 or 32 bits.
 
     tensors: floating point weights by their original names, without a prefix such as
-        "model.diffusion_model."; taken and converted one at a time.
+        "model.diffusion_model."; taken and converted one at a time. Those that are packed in a ggml format are
+        stored byte for byte.
     architecture: value of general.architecture; None detects it from the names.
     metadata: further keys of the file.
     quantizer: called with float32 values [rows, columns] and the format's name, returns the packed rows as
@@ -61,7 +65,7 @@ def write_gguf(
     """
     gguf = _import_gguf()
     target = Path(path)
-    wanted = _writable_format(format, quantizer)
+    wanted = None if format is None else _writable_format(format, quantizer)
     architecture = architecture or detect_architecture(tensors.keys())
     if architecture is None:
         raise SnugError(
@@ -74,7 +78,7 @@ def write_gguf(
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with closing(gguf.GGUFWriter(temporary, architecture)) as writer:
-            _add_metadata(gguf, writer, wanted.name, metadata or {})
+            _add_metadata(gguf, writer, wanted.name if wanted else _main_format(plan), metadata or {})
             for planned in plan:
                 _add_tensor_info(gguf, writer, planned)
             writer.write_header_to_file()
@@ -128,6 +132,14 @@ def _add_metadata(gguf: Any, writer: Any, format: str, metadata: Mapping[str, Me
         _add_value(gguf, writer, key, value)
 
 
+def _main_format(plan: Sequence[PlannedTensor]) -> str:
+    """The format that most weights are in."""
+    weights: Counter[str] = Counter()
+    for planned in plan:
+        weights[planned.format.name] += math.prod(planned.shape)
+    return weights.most_common(1)[0][0] if weights else "F32"
+
+
 def _file_type(gguf: Any, name: str) -> int | None:
     """llama.cpp's number for a file mostly of this format; _S names the mix without larger types."""
     known = gguf.LlamaFileType.__members__
@@ -160,8 +172,12 @@ def _add_tensor_info(gguf: Any, writer: Any, planned: PlannedTensor) -> None:
     writer.add_tensor_info(planned.name, planned.shape, None, planned.nbytes, ggml_type)
 
 
-def _pack(tensor: torch.Tensor, planned: PlannedTensor, quantizer: Quantizer | None) -> torch.Tensor:
+def _pack(
+    tensor: torch.Tensor | PackedTensor, planned: PlannedTensor, quantizer: Quantizer | None
+) -> torch.Tensor:
     """The tensor's bytes in the file: uint8, one dimension."""
+    if isinstance(tensor, PackedTensor):
+        return tensor.data.cpu()
     values = tensor.detach().cpu().reshape(planned.shape)
     plain = planned.format.dtype
     if plain is not None:

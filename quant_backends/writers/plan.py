@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.errors import SnugError
+from ..core.packed import PackedTensor
 from ..formats import FORMATS, Format
 from .mixes import Mix, block_numbers, mixed_format
 from .precision import PrecisionRules
@@ -41,12 +42,15 @@ class PlannedTensor:
 
 
 def plan_tensors(
-    tensors: Mapping[str, torch.Tensor], wanted: type[Format] | Mix, rules: PrecisionRules
+    tensors: Mapping[str, torch.Tensor | PackedTensor],
+    wanted: type[Format] | Mix | None,
+    rules: PrecisionRules,
 ) -> list[PlannedTensor]:
-    """What is stored how, in the order of `tensors`; dropped tensors are left out.
+    """What is stored how, in the order of `tensors`; dropped tensors are left out, packed ones stay as they are.
 
-    wanted: the format of matrices, or a mix that gives every matrix its own.
-    Raises SnugError for a name longer than 127 bytes and for a tensor that is not floating point.
+    wanted: the format of matrices, a mix that gives every matrix its own, or None for the 16 bits that suit them.
+    Raises SnugError for a name longer than 127 bytes and for a tensor that is neither floating point nor packed in a
+    ggml format.
     """
     plan = []
     blocks = block_numbers(tensors)
@@ -55,6 +59,9 @@ def plan_tensors(
             continue
         _check_name(name)
         tensor = tensors[name]
+        if isinstance(tensor, PackedTensor):
+            plan.append(_plan_packed(name, tensor))
+            continue
         if not tensor.is_floating_point():
             raise SnugError(
                 f"Tensor {name!r} is {tensor.dtype}, but only floating point weights can be written to a GGUF "
@@ -68,6 +75,18 @@ def plan_tensors(
         chosen = FORMATS["F32"] if too_deep else _choose_format(name, stored, tensor.dtype, fmt, rules)
         plan.append(PlannedTensor(name, chosen, stored, original if stored != original else None))
     return plan
+
+
+def _plan_packed(name: str, packed: PackedTensor) -> PlannedTensor:
+    """Blocks may cross the rows of the logical shape; in the file they are rows of their own then."""
+    fmt, shape = packed.format, tuple(packed.shape)
+    if not isinstance(fmt, type):
+        raise SnugError(f"Tensor {name!r} is in {fmt.name}, which GGUF does not have; decode it first.")
+    if len(shape) <= MAX_DIMS and shape[-1] % fmt.block_size == 0:
+        return PlannedTensor(name, fmt, shape, None)
+    weights = math.prod(shape)
+    width = FOLD_WIDTH if weights % FOLD_WIDTH == 0 else fmt.block_size
+    return PlannedTensor(name, fmt, (weights // width, width), shape)
 
 
 def _check_name(name: str) -> None:

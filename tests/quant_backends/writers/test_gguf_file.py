@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 from snug.quant_backends.core.errors import SnugError
+from snug.quant_backends.core.packed import PackedTensor
+from snug.quant_backends.formats import FORMATS
+from snug.quant_backends.formats.scaled import scaled_format
+from snug.quant_backends.kernels.dequantize import dequantize_packed, quantize_packed
 from snug.quant_backends.writers import gguf_file, write_gguf
 
 WAN_NAMES = {"head.modulation": (1, 2, 512), "blocks.0.self_attn.norm_q.weight": (512,)}
@@ -211,3 +215,34 @@ def test_tensors_are_taken_one_at_a_time(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", tensors, "Q8_0", quantizer=gguf_quantizer)
     assert tensors.most <= 2  # one in hand while the loop variable still holds the last
     assert tensors.alive == 0
+
+
+def test_packed_tensors_keep_every_byte(tmp_path: Path) -> None:
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(1))
+    kernel = torch.randn(64, 32, 3, 3, generator=torch.Generator().manual_seed(2))
+    packed = quantize_packed(weight, FORMATS["Q8_0"])
+    folded = quantize_packed(kernel.view(-1, 256), FORMATS["Q4_0"])
+    tensors = {
+        **wan_tensors(dense=(32, 512)),
+        "blocks.0.ffn.0.weight": packed,
+        "blocks.0.conv.weight": PackedTensor(folded.data, folded.format, tuple(kernel.shape)),
+    }
+    path = tmp_path / "model.gguf"
+    write_gguf(path, tensors, None)
+    reader = gguf.GGUFReader(path)
+    stored = {tensor.name: tensor.data.tobytes() for tensor in reader.tensors}
+    for name in ("blocks.0.ffn.0.weight", "blocks.0.conv.weight"):
+        assert stored[name] == tensors[name].data.numpy().tobytes()
+    found = read_back(path)
+    assert found["dense"][0] == "BF16"
+    assert np.array_equal(
+        found["blocks.0.conv.weight"][1], dequantize_packed(folded).view(64, 32, 3, 3).numpy()
+    )
+    assert field(reader, "general.file_type") == int(gguf.LlamaFileType.MOSTLY_Q8_0)
+
+
+def test_packed_tensors_of_other_formats_are_refused(tmp_path: Path) -> None:
+    packed = quantize_packed(torch.ones(4, 4), scaled_format("float8_e4m3fn-rows"))
+    with pytest.raises(SnugError, match="GGUF does not have; decode it first"):
+        write_gguf(tmp_path / "model.gguf", {**wan_tensors(), "x": packed}, None)
+    assert not list(tmp_path.iterdir())
