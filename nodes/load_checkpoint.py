@@ -9,6 +9,8 @@ from comfy_api.latest import io
 from .adapter import folders
 from .adapter.checkpoints import load_checkpoint
 from .adapter.loading import COMPUTE_DTYPES
+from .adapter.quantizing import available_targets
+from .quantize_inputs import AS_IN_FILE, on_load_input
 
 
 class SnugLoadCheckpoint(io.ComfyNode):
@@ -42,6 +44,8 @@ class SnugLoadCheckpoint(io.ComfyNode):
                         "memory the weights take. auto: what ComfyUI picks for this model on this device."
                     ),
                 ),
+                on_load_input("quantize", available_targets(), "the diffusion model"),
+                on_load_input("quantize_text_encoders", available_targets(), "the text encoders"),
             ],
             outputs=[
                 io.Model.Output(tooltip="The diffusion model."),
@@ -51,12 +55,26 @@ class SnugLoadCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, checkpoint_name: str | None, compute_dtype: str) -> tuple[Any, ...]:
+    def fingerprint_inputs(
+        cls,
+        checkpoint_name: str | None,
+        compute_dtype: str,
+        quantize: str = AS_IN_FILE,
+        quantize_text_encoders: str = AS_IN_FILE,
+    ) -> tuple[Any, ...]:
         """Changes when the file on disk does, so that a replaced file is loaded anew."""
+        settings = (compute_dtype, quantize, quantize_text_encoders)
         if checkpoint_name is None:  # comes from another node and is not known yet
-            return (None, compute_dtype)
-        return (compute_dtype, *folders.state_on_disk(folders.CHECKPOINTS.find(checkpoint_name)))
+            return (None, *settings)
+        return (*settings, *folders.state_on_disk(folders.CHECKPOINTS.find(checkpoint_name)))
 
     @classmethod
-    def execute(cls, checkpoint_name: str, compute_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(*load_checkpoint(folders.CHECKPOINTS.find(checkpoint_name), compute_dtype))
+    def execute(
+        cls,
+        checkpoint_name: str,
+        compute_dtype: str,
+        quantize: str = AS_IN_FILE,
+        quantize_text_encoders: str = AS_IN_FILE,
+    ) -> io.NodeOutput:
+        path = folders.CHECKPOINTS.find(checkpoint_name)
+        return io.NodeOutput(*load_checkpoint(path, compute_dtype, quantize, quantize_text_encoders))

@@ -8,6 +8,8 @@ from comfy_api.latest import io
 
 from .adapter import folders
 from .adapter.loading import COMPUTE_DTYPES, load_diffusion_model, summary_for_tooltip
+from .adapter.quantizing import available_targets
+from .quantize_inputs import AS_IN_FILE, on_load_input
 
 
 class SnugLoadDiffusionModel(io.ComfyNode):
@@ -43,6 +45,7 @@ class SnugLoadDiffusionModel(io.ComfyNode):
                         "are fast on most GPUs, fp32 is exact and slow."
                     ),
                 ),
+                on_load_input("quantize", available_targets(), "the model"),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model, ready for KSampler, LoRA and every other MODEL node.")
@@ -50,13 +53,15 @@ class SnugLoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str | None, compute_dtype: str) -> tuple[Any, ...]:
+    def fingerprint_inputs(
+        cls, model_name: str | None, compute_dtype: str, quantize: str = AS_IN_FILE
+    ) -> tuple[Any, ...]:
         """Changes when the file on disk does, so that a replaced file is loaded anew."""
         if model_name is None:  # comes from another node and is not known yet
-            return (None, compute_dtype)
-        return (compute_dtype, *folders.state_on_disk(folders.find_diffusion_model(model_name)))
+            return (None, compute_dtype, quantize)
+        return (compute_dtype, quantize, *folders.state_on_disk(folders.find_diffusion_model(model_name)))
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str) -> io.NodeOutput:
+    def execute(cls, model_name: str, compute_dtype: str, quantize: str = AS_IN_FILE) -> io.NodeOutput:
         path = folders.find_diffusion_model(model_name)
-        return io.NodeOutput(load_diffusion_model(path, compute_dtype))
+        return io.NodeOutput(load_diffusion_model(path, compute_dtype, quantize))

@@ -8,8 +8,10 @@ from typing import Any
 from comfy_api.latest import io
 
 from .adapter import folders
+from .adapter.quantizing import available_targets
 from .adapter.text_encoder_kinds import clip_types
 from .adapter.text_encoders import load_text_encoders
+from .quantize_inputs import AS_IN_FILE, on_load_input
 
 NONE = "none"
 AUTO = "auto"
@@ -71,6 +73,7 @@ class SnugLoadTextEncoders(io.ComfyNode):
                         "the same folder that fits."
                     ),
                 ),
+                on_load_input("quantize", available_targets(), "the text encoders"),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoders, ready for CLIP Text Encode and LoRA.")],
         )
@@ -86,7 +89,14 @@ class SnugLoadTextEncoders(io.ComfyNode):
         # None comes from another node and is not known yet.
         paths = [folders.find_text_encoder(name) for name in names if name is not None]
         parts = folders.parts_on_disk(paths) if mmproj == AUTO else ()
-        return (type, mmproj, *names, *map(folders.state_on_disk, paths), *parts)
+        return (
+            type,
+            mmproj,
+            optional.get("quantize", AS_IN_FILE),
+            *names,
+            *map(folders.state_on_disk, paths),
+            *parts,
+        )
 
     @classmethod
     def execute(cls, text_encoder_1: str, type: str, **optional: str) -> io.NodeOutput:
@@ -94,7 +104,8 @@ class SnugLoadTextEncoders(io.ComfyNode):
         if mmproj not in (AUTO, NONE):
             mmproj = folders.find_text_encoder(mmproj)
         paths = [folders.find_text_encoder(name) for name in _chosen(text_encoder_1, optional)]
-        return io.NodeOutput(load_text_encoders(paths, type, mmproj))
+        quantize = optional.get("quantize", AS_IN_FILE)
+        return io.NodeOutput(load_text_encoders(paths, type, mmproj, quantize))
 
 
 def _chosen(first: Any, optional: Mapping[str, Any]) -> list[Any]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from comfy_api.latest import io
 
+from .adapter.quantize_on_load import AS_IN_FILE
+
 DEFAULT_SKIP = "default"
-AS_IN_FILE = "as in the file"
 _PREFERRED = ("GGUF Q8_0", "FP8 e4m3fn per row")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import comfy.sd
@@ -21,18 +22,22 @@ from ...quant_backends.readers.checkpoint_parts import (
     open_checkpoint_gguf,
     open_checkpoint_safetensors,
 )
+from ...quant_backends.readers.diffusion_tables import DIRECT_WEIGHTS
 from ...quant_backends.readers.gguf_file import looks_like_gguf
 from ...quant_backends.readers.model_kind import refuse_other_kinds
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
 from ...quant_backends.readers.sharded_safetensors import refuse_part
+from ...quant_backends.readers.text_encoder_tables import DIRECT_TENSORS
 from .compat import flux_qk_norm, supported_arguments
 from .core_errors import refused_as, summary
-from .core_formats import is_for_core
+from .core_formats import is_for_core, is_plain
 from .layout import pack
-from .loading import COMPUTE_DTYPES, UNDECIDED_DTYPE, format_summary, ignore, model_config
+from .loading import COMPUTE_DTYPES, UNDECIDED_DTYPE, format_summary, ignore, model_config, part_of
 from .operations import build_operations
 from .packed_module import LoadSettings, set_compute_dtype
 from .patcher import adopt
+from .provenance import note_sources, with_recipe
+from .quantize_on_load import AS_IN_FILE, quantize_tensors
 from .text_encoders import COMPUTE_DTYPE as ENCODER_DTYPE
 
 logger = logging.getLogger("snug")
@@ -41,18 +46,30 @@ ALL = ("model", "clip", "vae")
 
 
 def load_checkpoint(
-    path: str, compute_dtype: str = "auto", disable_dynamic: bool = False, parts: tuple[str, ...] = ALL
+    path: str,
+    compute_dtype: str = "auto",
+    quantize: str = AS_IN_FILE,
+    quantize_text_encoders: str = AS_IN_FILE,
+    disable_dynamic: bool = False,
+    parts: tuple[str, ...] = ALL,
 ) -> tuple[Any, Any, Any]:
     """Load (ModelPatcher, CLIP, VAE): quantized weights stay packed, those of the VAE are decoded.
 
     As core's loader, a checkpoint without text encoders gives None for CLIP, one without VAE a VAE that says so when
-    it is used. compute_dtype: of the diffusion model, a key of COMPUTE_DTYPES. disable_dynamic: core asks for it
-    when a model must not use dynamic VRAM. parts: what to load, the others are None.
+    it is used. compute_dtype: of the diffusion model, a key of COMPUTE_DTYPES. quantize, quantize_text_encoders:
+    AS_IN_FILE, or the target for weights that are not quantized in the file, which are read and quantized one at a
+    time. disable_dynamic: core asks for it when a model must not use dynamic VRAM. parts: what to load, the others are
+    None.
     Raises FileFormatError when the file is damaged, or no checkpoint that this ComfyUI knows.
     """
     # Two passes over the bytes: reading (most is only mapped, some is decoded) and building the models.
     bar = comfy.utils.ProgressBar(2 * os.path.getsize(path) if os.path.exists(path) else 0)
-    checkpoint = _open(path, lambda done, _total: bar.update_absolute(done))
+    wanted = (quantize, quantize_text_encoders)
+    plain = set(wanted) != {AS_IN_FILE}
+    checkpoint = _open(path, None if plain else lambda done, _total: bar.update_absolute(done), plain)
+    recipes: list[dict[str, Any]] = []
+    if plain and checkpoint is not None:
+        checkpoint, recipes = _quantized(checkpoint, wanted, part_of(bar))
     settings = LoadSettings(on_weight=bar.update)
     model, clip, vae = _build(path, checkpoint, settings, disable_dynamic, parts)
     settings.on_weight = ignore
@@ -64,30 +81,68 @@ def load_checkpoint(
             model.set_model_compute_dtype(dtype)
         set_compute_dtype(model.model, dtype or model.model.manual_cast_dtype or model.model.get_dtype())
         # How newer ComfyUI builds a model again when it needs one without dynamic VRAM or for another device.
-        model.cached_patcher_init = (_load_patcher, (path, compute_dtype, "model"))
+        model.cached_patcher_init = (_load_patcher, (path, compute_dtype, *wanted, "model"))
     if clip is not None and checkpoint is not None:
         adopt(clip.patcher)
         set_compute_dtype(clip.cond_stage_model, ENCODER_DTYPE)
-        clip.patcher.cached_patcher_init = (_load_patcher, (path, compute_dtype, "clip"))
+        clip.patcher.cached_patcher_init = (_load_patcher, (path, compute_dtype, *wanted, "clip"))
     if getattr(vae, "patcher", None) is not None and checkpoint is not None:
-        vae.patcher.cached_patcher_init = (_load_patcher, (path, compute_dtype, "vae"))
+        vae.patcher.cached_patcher_init = (_load_patcher, (path, compute_dtype, *wanted, "vae"))
+    for patcher, recipe in zip((model, getattr(clip, "patcher", None)), recipes or ({}, {}), strict=True):
+        if patcher is not None:
+            note_sources(patcher, [path])
+            if recipe:
+                with_recipe(patcher, recipe)
     bar.update_absolute(bar.total)
     return model, clip, vae
 
 
-def _load_patcher(path: str, compute_dtype: str, part: str, disable_dynamic: bool = False) -> Any:
-    loaded = load_checkpoint(path, compute_dtype, disable_dynamic, (part,))[ALL.index(part)]
+def _load_patcher(
+    path: str,
+    compute_dtype: str,
+    quantize: str,
+    quantize_text_encoders: str,
+    part: str,
+    disable_dynamic: bool = False,
+) -> Any:
+    wanted = (quantize, quantize_text_encoders)
+    loaded = load_checkpoint(path, compute_dtype, *wanted, disable_dynamic, (part,))[ALL.index(part)]
     return loaded if part == "model" else loaded.patcher
 
 
-def _open(path: str, progress: Callable[[int, int], None]) -> CheckpointParts | None:
-    """The parts of a checkpoint; None for files that ComfyUI's own loader takes."""
+def _open(path: str, progress: Callable[[int, int], None] | None, plain: bool) -> CheckpointParts | None:
+    """The parts of a checkpoint; None for files that ComfyUI's own loader takes. plain: open also what is not
+    quantized."""
     if looks_like_gguf(path):
         return open_checkpoint_gguf(GGUFFile(path), flux_qk_norm(), progress)
     refuse_part(path)
     file = SafetensorsFile(path)
     refuse_other_kinds(file.path, file.tensors, file.metadata)
-    return None if is_for_core(file) else open_checkpoint_safetensors(file, flux_qk_norm(), progress)
+    if is_for_core(file) and not (plain and is_plain(file)):
+        return None
+    return open_checkpoint_safetensors(file, flux_qk_norm(), progress)
+
+
+def _quantized(
+    checkpoint: CheckpointParts, targets: tuple[str, str], progress: Callable[[float], None]
+) -> tuple[CheckpointParts, list[dict[str, Any]]]:
+    """(the checkpoint with diffusion model and text encoders quantized to these targets, what was done to each)."""
+    parts, recipes = [], []
+    for tensors, target, direct in zip(
+        (checkpoint.diffusion, checkpoint.encoders), targets, (DIRECT_WEIGHTS, DIRECT_TENSORS), strict=True
+    ):
+        recipe: dict[str, Any] = {}
+        if target != AS_IN_FILE:
+            is_encoder = direct is DIRECT_TENSORS
+            update = _scaled(progress, 0.2 if is_encoder else 0.8)
+            tensors, recipe = quantize_tensors(tensors, target, direct, update, is_encoder)
+        parts.append(tensors)
+        recipes.append(recipe)
+    return replace(checkpoint, diffusion=parts[0], encoders=parts[1]), recipes
+
+
+def _scaled(progress: Callable[[float], None], share: float) -> Callable[[float], None]:
+    return lambda part: progress(part * share)
 
 
 def _build(

@@ -15,11 +15,10 @@ from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.kernels.dequantize import dequantize_packed
 from ...quant_backends.quantization import LayerInfo
 from .core_float8 import is_plain_float8, packed_float8
-from .layout import is_packed, packed_tensor
+from .layout import DENSE, is_packed, moved, packed_tensor
 from .patches import WeightPatches
 from .reweight import replaceable_layers
 
-DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NETWORK = "diffusion_model."
 # On a GPU: the weight before and after in float32, ComfyUI's product and its scaled copy, and what encoding takes.
 _BYTES_PER_WEIGHT = 24
@@ -143,12 +142,6 @@ def shared_weights(model: torch.nn.Module) -> frozenset[str]:
     for name, layer in replaceable_layers(model):
         names.setdefault(id(layer.weight), []).append(name)
     return frozenset(name for group in names.values() if len(group) > 1 for name in group)
-
-
-def moved(packed: PackedTensor, device: torch.device) -> PackedTensor:
-    """The same weight on `device`."""
-    parts = {name: part.to(device) for name, part in packed.parts.items()}
-    return PackedTensor(packed.data.to(device), packed.format, packed.shape, parts)
 
 
 def _decoder(layer: Any, again: bool) -> Callable[[torch.device], torch.Tensor] | None:

@@ -8,14 +8,19 @@ from ...quant_backends.readers.safetensors_file import SafetensorsFile
 from .compat import core_quantization
 
 
+def is_plain(file: SafetensorsFile) -> bool:
+    """Whether nothing in a file is quantized, except as float8 without scales."""
+    return recognise(file).name == "plain"
+
+
 def is_for_core(file: SafetensorsFile) -> bool:
     """Whether a file is left to ComfyUI: not quantized, or in formats of its own that this version knows.
 
     Raises FileFormatError when it is quantized in a way that neither Snug nor this ComfyUI loads.
     """
-    convention = recognise(file)
-    if convention.name == "plain":
+    if is_plain(file):
         return True
+    convention = recognise(file)
     unknown = convention.core_formats - core_quantization(is_per_layer(file))
     if convention.core and not unknown:
         return True

@@ -24,6 +24,8 @@ from ...quant_backends.kernels.linear import linear
 from ...quant_backends.kernels.traced import traced_dequantize
 
 LAYOUT_NAME = "snug.Packed"
+# What weights are in that are not quantized.
+DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Every name that a scaled format gives to one of its parts.
 PART_NAMES = (
     "scale",
@@ -128,6 +130,12 @@ def pack(weight: PackedTensor, dtype: torch.dtype) -> QuantizedTensor:
 def packed_tensor(weight: QuantizedTensor) -> PackedTensor:
     """The core's view of a packed weight, wherever its bytes are now."""
     return _packed(weight._qdata, weight.params)
+
+
+def moved(packed: PackedTensor, device: torch.device) -> PackedTensor:
+    """The same weight on `device`."""
+    parts = {name: part.to(device) for name, part in packed.parts.items()}
+    return PackedTensor(packed.data.to(device), packed.format, packed.shape, parts)
 
 
 def is_packed(tensor: object) -> TypeGuard[QuantizedTensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import comfy.sd
@@ -15,6 +16,7 @@ from ...quant_backends.core.errors import FileFormatError
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.readers import LoadedTensors, load_diffusion_gguf
 from ...quant_backends.readers.diffusion_safetensors import load_diffusers_folder, load_diffusion_safetensors
+from ...quant_backends.readers.diffusion_tables import DIRECT_WEIGHTS
 from ...quant_backends.readers.gguf_file import looks_like_gguf
 from ...quant_backends.readers.model_kind import refuse_other_kinds
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
@@ -22,12 +24,14 @@ from ...quant_backends.readers.sharded_safetensors import is_part
 from ...quant_backends.registry import summary_for_tooltip
 from .compat import flux_qk_norm, supported_arguments
 from .core_errors import refused_as, summary
-from .core_formats import is_for_core
+from .core_formats import is_for_core, is_plain
 from .folders import files_of
 from .layout import pack
 from .operations import build_operations
 from .packed_module import LoadSettings, set_compute_dtype
 from .patcher import adopt
+from .provenance import note_sources, with_recipe
+from .quantize_on_load import AS_IN_FILE, quantize_tensors
 
 __all__ = [
     "COMPUTE_DTYPES",
@@ -49,18 +53,27 @@ COMPUTE_DTYPES = {"auto": None, "fp32": torch.float32, "fp16": torch.float16, "b
 UNDECIDED_DTYPE = torch.bfloat16
 
 
-def load_diffusion_model(path: str, compute_dtype: str = "auto", disable_dynamic: bool = False) -> Any:
+def load_diffusion_model(
+    path: str, compute_dtype: str = "auto", quantize: str = AS_IN_FILE, disable_dynamic: bool = False
+) -> Any:
     """Load a diffusion model: quantized weights stay packed; what ComfyUI alone knows, its own loader takes.
 
     path: a GGUF or safetensors file of any convention, or a folder in diffusers' layout.
-    compute_dtype: a key of COMPUTE_DTYPES. disable_dynamic: core asks for it when a model must not use
+    compute_dtype: a key of COMPUTE_DTYPES. quantize: AS_IN_FILE, or the target for weights that are not quantized in
+    the file, which are read and quantized one at a time. disable_dynamic: core asks for it when a model must not use
     dynamic VRAM (torch.compile, hooks).
     Returns a ModelPatcher. Raises FileFormatError when the file is damaged or no diffusion model that this
     ComfyUI knows.
     """
     # Two passes over the bytes: reading (most is only mapped, some is decoded) and building the model.
     bar = comfy.utils.ProgressBar(2 * sum(os.path.getsize(file) for file in files_of(path)))
-    tensors = open_tensors(path, lambda done, _total: bar.update_absolute(done))
+    recipe = None
+    if quantize == AS_IN_FILE:
+        tensors = open_tensors(path, lambda done, _total: bar.update_absolute(done))
+    elif (tensors := open_tensors(path, plain=True)) is not None:
+        update = part_of(bar)
+        found, recipe = quantize_tensors(tensors.state_dict, quantize, DIRECT_WEIGHTS, update)
+        tensors = replace(tensors, state_dict=found)
     patcher = (
         _load_with_core(path, disable_dynamic)
         if tensors is None
@@ -73,14 +86,20 @@ def load_diffusion_model(path: str, compute_dtype: str = "auto", disable_dynamic
     model = patcher.model
     set_compute_dtype(model, dtype or model.manual_cast_dtype or model.get_dtype())
     # How newer ComfyUI builds this model again when it needs one without dynamic VRAM.
-    patcher.cached_patcher_init = (load_diffusion_model, (path, compute_dtype))
+    patcher.cached_patcher_init = (load_diffusion_model, (path, compute_dtype, quantize))
+    note_sources(patcher, [path])
+    if recipe is not None:
+        with_recipe(patcher, recipe)
     return patcher
 
 
-def open_tensors(path: str, progress: Callable[[int, int], None] | None = None) -> LoadedTensors | None:
+def open_tensors(
+    path: str, progress: Callable[[int, int], None] | None = None, plain: bool = False
+) -> LoadedTensors | None:
     """The tensors of a diffusion model under ComfyUI's names; None for files that ComfyUI's own loader takes.
 
-    progress: called with (bytes done, bytes in all). Raises FileFormatError as `load_diffusion_model` does.
+    progress: called with (bytes done, bytes in all). plain: open also what is not quantized. Raises FileFormatError as
+    `load_diffusion_model` does.
     """
     if os.path.isdir(path):
         return load_diffusers_folder(path, flux_qk_norm(), progress)
@@ -90,9 +109,9 @@ def open_tensors(path: str, progress: Callable[[int, int], None] | None = None) 
         return load_diffusion_gguf(path, flux_qk_norm(), progress)
     file = SafetensorsFile(path)
     refuse_other_kinds(file.path, file.tensors, file.metadata)
-    if is_for_core(file):
+    if is_for_core(file) and not (plain and is_plain(file)):
         return None
-    return load_diffusion_safetensors(file, flux_qk_norm())
+    return load_diffusion_safetensors(file, flux_qk_norm(), progress)
 
 
 def _load_with_core(path: str, disable_dynamic: bool) -> Any:
@@ -128,6 +147,18 @@ def _build(path: str, tensors: LoadedTensors, settings: LoadSettings, disable_dy
         raise _unsupported(path, tensors, "its tensors match none of the models that this ComfyUI knows")
     settings.on_weight = ignore
     return adopt(patcher)
+
+
+def part_of(bar: Any) -> Callable[[float], None]:
+    """Progress of the first of a load's two passes, in parts of it."""
+    done = 0.0
+
+    def update(part: float) -> None:
+        nonlocal done
+        done += part
+        bar.update_absolute(int(done * bar.total / 2))
+
+    return update
 
 
 def ignore(_nbytes: int) -> None:

@@ -14,8 +14,9 @@ import torch
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.kernels.dequantize import dequantize_packed
 from ...quant_backends.kernels.requantize import can_requantize, requantize
-from .conversion import encoding_device, make_room, moved, shared_weights
+from .conversion import encoding_device, make_room, shared_weights
 from .core_float8 import is_plain_float8, packed_weight
+from .layout import moved
 from .patches import WeightPatches
 from .reweight import reweight
 

@@ -26,6 +26,7 @@ from ...quant_backends.readers import (
     open_text_encoder_safetensors,
 )
 from ...quant_backends.readers.gguf_file import looks_like_gguf
+from ...quant_backends.readers.text_encoder_tables import DIRECT_TENSORS
 from ...quant_backends.readers.tokenizers import needed_tokenizer, tokenizer_tensor
 from .compat import supported_arguments
 from .core_errors import refused_as, summary
@@ -34,6 +35,8 @@ from .mmproj import choose_mmproj, guard_missing_vision
 from .operations import build_operations
 from .packed_module import LoadSettings, set_compute_dtype
 from .patcher import adopt
+from .provenance import note_sources, with_recipe
+from .quantize_on_load import AS_IN_FILE, quantize_tensors
 from .text_encoder_kinds import check_kinds, detect_kind
 
 logger = logging.getLogger("snug")
@@ -65,13 +68,18 @@ class _Encoder:
 
 
 def load_text_encoders(
-    paths: Sequence[str], clip_type: str, mmproj: str = "auto", disable_dynamic: bool = False
+    paths: Sequence[str],
+    clip_type: str,
+    mmproj: str = "auto",
+    quantize: str = AS_IN_FILE,
+    disable_dynamic: bool = False,
 ) -> Any:
     """Load one to four text encoders as one CLIP.
 
     clip_type: an entry of `clip_types()`. mmproj: "auto" looks for a vision part that fits beside the files,
-    "none" takes none, anything else is its path. disable_dynamic: core asks for it when the model must not
-    use dynamic VRAM.
+    "none" takes none, anything else is its path. quantize: AS_IN_FILE, or the target for weights that are not
+    quantized in their file, which are read and quantized one at a time. disable_dynamic: core asks for it when the
+    model must not use dynamic VRAM.
     Raises SnugError when a file is damaged, is no text encoder, or is not for this type: before anything is
     loaded.
     """
@@ -80,13 +88,18 @@ def load_text_encoders(
     check_kinds([(encoder.path, encoder.kind) for encoder in encoders], clip_type)
     known_type = getattr(comfy.sd.CLIPType, clip_type.upper(), comfy.sd.CLIPType.STABLE_DIFFUSION)
     vision = choose_mmproj([encoder.gguf for encoder in encoders if encoder.gguf], mmproj)
-    if all(_is_for_core(encoder) for encoder in encoders):
-        return _load_with_core(encoders, known_type, disable_dynamic)
+    if all(_is_for_core(encoder) for encoder in encoders) and (
+        quantize == AS_IN_FILE or not any(_is_plain(encoder) for encoder in encoders)
+    ):
+        clip = _load_with_core(encoders, known_type, disable_dynamic)
+        note_sources(clip.patcher, paths)
+        return clip
     _refuse_core_formats(encoders)
     _check_sentencepiece(encoders)
     bar = comfy.utils.ProgressBar(2 * sum(encoder.file.nbytes for encoder in encoders))
     reader = _Progress(bar)
-    state_dicts = [_state_dict(encoder, reader) for encoder in encoders]
+    recipes: list[dict[str, Any]] = []
+    state_dicts = [_state_dict(encoder, reader, quantize, recipes) for encoder in encoders]
     for state_dict, encoder in zip(state_dicts, encoders, strict=True):
         if vision is not None and encoder.file is vision.encoder:
             state_dict.update(_packed(vision.gguf.state_dict()))
@@ -96,13 +109,18 @@ def load_text_encoders(
     adopt(clip.patcher)
     set_compute_dtype(clip.cond_stage_model, COMPUTE_DTYPE)
     # How newer ComfyUI builds this model again when it needs one without dynamic VRAM.
-    clip.patcher.cached_patcher_init = (_load_patcher, (tuple(paths), clip_type, mmproj))
+    clip.patcher.cached_patcher_init = (_load_patcher, (tuple(paths), clip_type, mmproj, quantize))
+    note_sources(clip.patcher, paths)
+    for recipe in recipes:
+        with_recipe(clip.patcher, recipe)
     bar.update_absolute(bar.total)
     return clip
 
 
-def _load_patcher(paths: Sequence[str], clip_type: str, mmproj: str, disable_dynamic: bool = False) -> Any:
-    return load_text_encoders(paths, clip_type, mmproj, disable_dynamic).patcher
+def _load_patcher(
+    paths: Sequence[str], clip_type: str, mmproj: str, quantize: str, disable_dynamic: bool = False
+) -> Any:
+    return load_text_encoders(paths, clip_type, mmproj, quantize, disable_dynamic).patcher
 
 
 @dataclass
@@ -150,6 +168,12 @@ def _is_for_core(encoder: _Encoder) -> bool:
     if file.convention.core:
         return _core_reads_layers() and encoder.kind not in UNSCALED_BY_CORE
     return not file.convention.loaders
+
+
+def _is_plain(encoder: _Encoder) -> bool:
+    """Whether nothing in the file is quantized."""
+    file = encoder.file
+    return isinstance(file, TextEncoderSafetensors) and file.convention.name == "plain"
 
 
 def _core_reads_layers() -> bool:
@@ -220,9 +244,21 @@ def _load_with_core(encoders: Sequence[_Encoder], clip_type: Any, disable_dynami
         return comfy.sd.load_clip(paths, embedding_directory=embeddings, clip_type=clip_type, **options)
 
 
-def _state_dict(encoder: _Encoder, progress: _Progress) -> dict[str, Any]:
-    """Packed weights and whatever else ComfyUI expects in this encoder's state dict."""
-    state_dict = _packed(encoder.file.state_dict(progress))
+def _state_dict(
+    encoder: _Encoder, progress: _Progress, quantize: str, recipes: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Packed weights and whatever else ComfyUI expects in this encoder's state dict.
+
+    quantize: as for `load_text_encoders`; what was done is added to `recipes`.
+    """
+    tensors = encoder.file.state_dict(progress if quantize == AS_IN_FILE else None)
+    if quantize != AS_IN_FILE:
+        nbytes = encoder.file.nbytes
+        tensors, recipe = quantize_tensors(
+            tensors, quantize, DIRECT_TENSORS, lambda part: progress(int(part * nbytes)), is_text_encoder=True
+        )
+        recipes.append({"file": Path(encoder.path).name, **recipe})
+    state_dict = _packed(tensors)
     key = needed_tokenizer(encoder.gguf) if encoder.gguf else None
     if encoder.gguf and key is not None:
         state_dict[key] = tokenizer_tensor(encoder.gguf, key)
