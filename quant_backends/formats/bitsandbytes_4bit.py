@@ -26,6 +26,7 @@ import torch
 
 from ..core.errors import SnugError
 from .base import Scratch
+from .four_bit_encoder import FourBitEncoder
 from .scaled_base import FLOATS, ScaledFormat, rows_and_columns
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ class BitsAndBytes4Bit(ScaledFormat):
             self.expect(packed, "nested_absmax", parts["nested_absmax"], scales, (torch.float32,))
             self.expect(packed, "nested_quant_map", parts["nested_quant_map"], 256, (torch.float32,))
             self.expect(packed, "nested_offset", parts["nested_offset"], 1, (torch.float32,))
+
+    def encoder(self) -> FourBitEncoder:
+        return FourBitEncoder(self)
 
     def decode_rows(
         self,

@@ -23,6 +23,7 @@ import torch
 
 from ..core.errors import SnugError
 from .base import Scratch
+from .group_encoder import GroupEncoder
 from .scaled_base import FLOATS, ScaledFormat, rows_and_columns
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ class QuantoGroups(ScaledFormat):
         self.expect(packed, "data", packed.data, stored, (torch.uint8,))
         self.expect(packed, "scale", packed.parts["scale"], groups, FLOATS)
         self.expect(packed, "shift", packed.parts["shift"], groups, (torch.int8, torch.uint8, *FLOATS))
+
+    def encoder(self) -> GroupEncoder:
+        return GroupEncoder(self)
 
     def decode_rows(
         self,

@@ -8,12 +8,14 @@ from ..core.errors import SnugError
 from .base import FORMATS, Format
 from .bitsandbytes_4bit import BitsAndBytes4Bit
 from .quanto_groups import QuantoGroups
+from .rotated_rows import RotatedRows
 from .scaled_base import ScaledFormat
 from .scaled_elements import ScaledElements
 
 __all__ = [
     "BitsAndBytes4Bit",
     "QuantoGroups",
+    "RotatedRows",
     "ScaledElements",
     "ScaledFormat",
     "format_called",
@@ -24,7 +26,7 @@ __all__ = [
 @lru_cache(maxsize=256)
 def scaled_format(name: str) -> ScaledFormat:
     """The format called `name`; SnugError when there is none."""
-    for kind in (BitsAndBytes4Bit, ScaledElements, QuantoGroups):
+    for kind in (BitsAndBytes4Bit, ScaledElements, QuantoGroups, RotatedRows):
         found = kind.parse(name)
         if found is not None:
             return found

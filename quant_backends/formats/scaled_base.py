@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,7 @@ from .base import Scratch
 
 if TYPE_CHECKING:
     from ..core.packed import PackedTensor
+    from .row_encoder import RowEncoder
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,22 +76,17 @@ class ScaledFormat:
         """Whether `decode_rows` can write this dtype itself: with the same result as from float32, in fewer passes."""
         return dtype == torch.float32
 
+    def encoder(self) -> RowEncoder[Any] | None:
+        """What puts weights into this format; None: it is only read.
+
+        Where several libraries write the format it is Snug's own arithmetic, `roundings` has theirs.
+        """
+        return None
+
     @property
     def can_quantize(self) -> bool:
-        """Whether `encode_rows` and `data_dtype` exist: most formats are only read."""
-        return False
-
-    @property
-    def data_dtype(self) -> torch.dtype:
-        """The dtype of `data`, which has the logical shape."""
-        raise NotImplementedError
-
-    def encode_rows(self, rows: torch.Tensor, data: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Round float32 rows [rows, columns], which it may overwrite, into `data` of that shape.
-
-        Returns the parts of these rows, one row each; a part that all rows share comes out the same every time.
-        """
-        raise NotImplementedError
+        """Whether there is an encoder."""
+        return self.encoder() is not None
 
     def check(self, packed: PackedTensor) -> None:
         """Raise SnugError, naming the tensor at fault, unless data and parts fit this format and the shape."""

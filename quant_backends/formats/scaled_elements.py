@@ -10,12 +10,12 @@ Layout, for blocks of r rows and c columns (either may be all of them)::
     w = (data - zero) * scale                       "int8-rows", "float8_e4m3fn-tensor", "int8-1x32-zero"
     w = data * scale * (1 / 127)                    "int8-rows-scb": bitsandbytes' SCB is the row's largest magnitude
 
-float8 can also be written, rounded to nearest, ties to even::
+Written, unless a library's arithmetic is asked for (`roundings`), rounded to nearest, ties to even::
 
-    scale = 1 for the tensor ("-tensor", what a cast to float8 does), max |w| of the row / largest float8 ("-rows")
-    data  = float8(clamp(w / scale, -largest, largest))
+    scale = max |w| of the block / largest code; 1 for float8 with one scale ("-tensor", what a cast to float8 does)
+    data  = clamp(w / scale, -largest, largest)
 
-Beyond the largest number (448 in e4m3fn, 57344 in e5m2) it saturates; NaN stays, "-rows" with its row. The error is at
+Beyond the largest number (448 in e4m3fn, 57344 in e5m2) it saturates; NaN stays, with its block. The error is at
 most 1/16 of a weight in e4m3fn and 1/8 in e5m2, or scale * 2^-10 and scale * 2^-17 where that is more.
 """
 
@@ -31,6 +31,8 @@ import torch
 
 from .base import Scratch
 from .float8 import to_float32
+from .roundings import BITSANDBYTES, CAST, OWN, TORCHAO
+from .row_encoder import ElementEncoder
 from .scaled_base import FLOATS, ScaledFormat, rows_and_columns
 
 if TYPE_CHECKING:
@@ -41,7 +43,6 @@ STORED = {
     for name in ("int8", "uint8", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 }
 ZEROS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, *FLOATS)
-_FLOAT32 = torch.finfo(torch.float32)
 # The constant of bitsandbytes.functional.int8_vectorwise_dequant, which multiplies by it last.
 ONE_127TH = 7.874015718698502502e-3
 
@@ -108,30 +109,18 @@ class ScaledElements(ScaledFormat):
         integers = self.stored in ("int8", "uint8") and not (self.zero or self.scb)
         return dtype == torch.float32 or (integers and dtype == parts["scale"].dtype)
 
-    @property
-    def can_quantize(self) -> bool:
-        """float8 alone, and with the scales that need nothing but the rows themselves."""
-        return (
-            self.stored.startswith("float8")
-            and self.block in ((0, 0), (1, 0))
-            and not (self.zero or self.scb)
-        )
+    def encoder(self) -> ElementEncoder | None:
+        if self.stored == "uint8" or self.block[0] > 1 or (self.block[1] and not self.block[0]):
+            return None  # blocks of several rows
+        if self.scb or self.zero:
+            return ElementEncoder(self, BITSANDBYTES if self.scb else TORCHAO) if self.stored == "int8" else None
+        is_cast = self.stored != "int8" and self.block == (0, 0)
+        return ElementEncoder(self, CAST if is_cast else OWN)
 
     @property
     def data_dtype(self) -> torch.dtype:
+        """The dtype of `data`, which has the logical shape."""
         return STORED[self.stored]
-
-    def encode_rows(self, rows: torch.Tensor, data: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        largest = torch.finfo(self.data_dtype).max
-        scale = rows.new_ones(())
-        if self.block == (1, 0):
-            # Rows of zeros need any scale but zero; one that is infinite would make the whole row NaN.
-            # (On a CPU two reductions are many times faster than aminmax or a norm.)
-            largest_magnitude = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_())
-            scale = largest_magnitude.div_(largest).clamp_(_FLOAT32.tiny, _FLOAT32.max / largest)
-            rows.div_(scale)
-        data.copy_(rows.clamp_(-largest, largest))
-        return {"scale": scale}
 
     def _grid(self, shape: Sequence[int]) -> tuple[int, int]:
         """How many blocks there are, down and across."""

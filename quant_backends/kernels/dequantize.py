@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from ..core.errors import SnugError
 from ..core.host_memory import empty
 from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
+from ..formats.row_encoder import DATA, RowEncoder
 from ..formats.scaled_base import ScaledFormat, rows_and_columns
 
 # Weights per chunk. On a CPU it weighs the fixed cost of some dozen torch calls, about 0.1 ms, against the cache
@@ -123,18 +125,30 @@ def quantize(values: torch.Tensor, fmt: type[Format], importance: torch.Tensor |
 
 def _importance_blocks(importance: torch.Tensor, values: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
     """The importance of the values of each block until it repeats, float32 [blocks, block_size] from 0 to 1."""
+    count = importance.numel()
+    weights = _scaled_importance(importance, count if count and values.numel() % count == 0 else 0, values)
+    return weights.repeat(math.lcm(count, fmt.block_size) // count).view(-1, fmt.block_size)
+
+
+def _scaled_importance(importance: torch.Tensor, count: int, values: torch.Tensor) -> torch.Tensor:
+    """float32 [count] from 0 to 1 on values' device; SnugError when there are not `count`, a number above 0."""
     weights = importance.detach().to(values.device, torch.float32).reshape(-1)
-    count = weights.numel()
-    if not count or values.numel() % count:
+    if not count or weights.numel() != count:
         raise SnugError(
-            f"Importance for {count} input channels does not fit a weight of shape {tuple(values.shape)}; it was made "
-            f"with another model."
+            f"Importance for {weights.numel()} input channels does not fit a weight of shape {tuple(values.shape)}; it "
+            f"was made with another model."
         )
     # What was measured may be anything from tiny to huge; only the ratios matter.
     weights = weights.nan_to_num(0.0, 0.0, 0.0).clamp_(min=0)
     largest = weights.amax()
-    weights = torch.where(largest > 0, weights / largest, 1.0)
-    return weights.repeat(math.lcm(count, fmt.block_size) // count).view(-1, fmt.block_size)
+    return torch.where(largest > 0, weights / largest, 1.0)
+
+
+def _by_column(importance: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The importance of input channels for each column: of a kernel's, all of a channel have the same."""
+    if importance is not None and len(shape) > 2 and importance.numel() == shape[1]:
+        return importance.reshape(-1).repeat_interleave(math.prod(shape[2:]))
+    return importance
 
 
 def quantize_packed(
@@ -143,30 +157,46 @@ def quantize_packed(
     """Encode values (float, any shape) in `fmt`; the result is on their device.
 
     importance: as `quantize` takes it, float [input channels] of a weight [out, in] or [out, in, height, width];
-    scaled formats take none and ignore it.
+    formats that leave no choice ignore it.
 
     Raises SnugError when `fmt` cannot be written or, for ggml, the last dimension is no whole number of blocks.
     """
     shape = tuple(values.shape)
     if isinstance(fmt, type):
-        if importance is not None and len(shape) > 2 and importance.numel() == shape[1]:
-            importance = importance.reshape(-1).repeat_interleave(math.prod(shape[2:]))
+        importance = _by_column(importance, shape)
         return PackedTensor(quantize(values, fmt, importance).view(-1), fmt, shape)
-    if not fmt.can_quantize:
+    encoder = fmt.encoder()
+    if encoder is None:
         raise SnugError(
             f"Snug reads {fmt.name} weights but does not write them; choose a float8 or a GGUF format."
         )
+    return encode(values, encoder, importance)
+
+
+def encode(
+    values: torch.Tensor, encoder: RowEncoder[Any], importance: torch.Tensor | None = None
+) -> PackedTensor:
+    """Encode values (float, any shape) by `encoder` in its format, chunk by chunk of rows; the result is on their device.
+
+    importance: as `quantize_packed` takes it. Raises SnugError when the format cannot hold them.
+    """
+    fmt, shape = encoder.format, tuple(values.shape)
     rows, columns = rows_and_columns(shape)
+    importance = _by_column(importance, shape)
+    if importance is not None:
+        importance = _scaled_importance(importance, columns, values)
     matrix = values.reshape(rows, columns)
-    data = torch.empty((rows, columns), dtype=fmt.data_dtype, device=values.device)
-    step = max(1, weights_per_chunk(values.device) // max(1, columns))
-    parts: dict[str, list[torch.Tensor]] = {}
+    together = encoder.rows_together(columns)
+    step = max(1, weights_per_chunk(values.device) // max(1, columns) // together) * together
+    shared = encoder.begin(matrix)
+    found: dict[str, list[torch.Tensor]] = {}
     for start in range(0, rows, step):
-        chunk = matrix[start : start + step].to(torch.float32, copy=True)
-        for name, part in fmt.encode_rows(chunk, data[start : start + step]).items():
-            parts.setdefault(name, []).append(part)
-    joined = {name: torch.cat(found) if found[0].dim() else found[0] for name, found in parts.items()}
-    return PackedTensor(data.view(shape), fmt, shape, joined)
+        for name, part in encoder.encode(matrix[start : start + step], importance, shared).items():
+            found.setdefault(name, []).append(part)
+    joined = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+    joined = {**shared, **encoder.finish(joined)}
+    data = joined.pop(DATA)
+    return PackedTensor(data.view(shape) if data.numel() == values.numel() else data, fmt, shape, joined)
 
 
 def _output(

@@ -1,0 +1,115 @@
+"""bitsandbytes' NF4 and FP4: bitsandbytes.functional.quantize_4bit as it is on a CPU, bit for bit.
+
+Its kernels for GPUs round a few weights that lie next to the middle of two values the other way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from .row_encoder import DATA, RowEncoder, Tensors
+
+if TYPE_CHECKING:
+    from .bitsandbytes_4bit import BitsAndBytes4Bit
+
+# functional.get_4bit_type; FP4's values are twelfths, index bits are sign, exponent, exponent, mantissa.
+_FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)
+VALUES = {
+    "nf4": (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
+    + (-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725)
+    + (0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941)
+    + (0.7229568362236023, 1.0),
+    "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in _FP4),
+}
+# What quantize_4bit always nests with, whatever the block size of the weights.
+NESTED_BLOCK = 256
+_SMALLEST = 1e-38
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitEncoder(RowEncoder["BitsAndBytes4Bit"]):
+    """Indices of the nearest values, two in a byte, after dividing each block by its largest magnitude."""
+
+    def rows_together(self, columns: int) -> int:
+        return self.format.block_size // math.gcd(columns, self.format.block_size)
+
+    def encode(self, rows: torch.Tensor, importance: torch.Tensor | None, shared: Mapping) -> Tensors:
+        values = rows.reshape(-1).float()
+        whole = values.numel() // self.format.block_size * self.format.block_size
+        blocks, rest = values[:whole].view(-1, self.format.block_size), values[whole:]
+        largest = blocks.abs().amax(1)
+        scaled = (blocks * largest.clamp(min=_SMALLEST).reciprocal_()[:, None]).view(-1)
+        if rest.numel():
+            last = rest.abs().amax().clamp_(min=_SMALLEST)
+            largest = torch.cat([largest, last.view(1)])
+            scaled = torch.cat([scaled, rest / last])
+        return {DATA: pack_pairs(self.nearest(scaled)), "absmax": largest}
+
+    def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
+        """uint8: the index of the value next to each number from -1 to 1."""
+        middles, order = _middles(self.format.quant_type, scaled.device)
+        index = torch.bucketize(scaled, middles, out_int32=True)
+        return (index if order is None else order[index]).to(torch.uint8)
+
+    def finish(self, joined: Tensors) -> Tensors:
+        joined["data"] = joined["data"].view(-1, 1)
+        joined["quant_map"] = value_map(self.format.quant_type, joined["data"].device).clone()
+        return joined | nest(joined["absmax"], self.format.nested) if self.format.nested else joined
+
+
+@cache
+def value_map(quant_type: str, device: torch.device) -> torch.Tensor:
+    """float32 [16]: the number that each index stands for."""
+    return torch.tensor(VALUES[quant_type], dtype=torch.float32, device=device)
+
+
+@cache
+def _middles(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The middles between neighbouring values, and the indices in the order of their values where that is another."""
+    values = value_map(quant_type, device)
+    order = values.argsort()
+    middles = (values[order[:-1]] + values[order[1:]]) / 2
+    return middles, None if quant_type == "nf4" else order
+
+
+def pack_pairs(index: torch.Tensor) -> torch.Tensor:
+    """uint8 [n] indices to uint8 [ceil(n / 2)]: the first of two in the high bits."""
+    if index.numel() % 2:
+        # The index of zero in both maps would be another one; the library pads the scaled numbers with 0.
+        index = torch.nn.functional.pad(index, (0, 1), value=0)
+    return index[::2] << 4 | index[1::2]
+
+
+def nest(absmax: torch.Tensor, block: int) -> Tensors:
+    """Double quantization: the largest magnitudes less their mean, as 8-bit indices of blocks of their own."""
+    offset = absmax.mean()
+    values = absmax - offset
+    padded = torch.nn.functional.pad(values, (0, -values.numel() % block)).view(-1, block)
+    largest = padded.abs().amax(1)
+    scaled = (padded * largest.clamp(min=_SMALLEST).reciprocal_()[:, None]).view(-1)[: values.numel()]
+    code = dynamic_map(absmax.device)
+    index = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True)
+    return {
+        "absmax": index.to(torch.uint8),
+        "nested_absmax": largest,
+        "nested_quant_map": code.clone(),
+        "nested_offset": offset.view(1),
+    }
+
+
+@cache
+def dynamic_map(device: torch.device) -> torch.Tensor:
+    """float32 [256], ascending: functional.create_dynamic_map(), whose numbers get denser towards zero."""
+    numbers = [0.0, 1.0]
+    for exponent in range(7):
+        bounds = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (bounds[:-1] + bounds[1:]) / 2
+        numbers += (10 ** (exponent - 6) * means).tolist()
+        numbers += (-(10 ** (exponent - 6)) * means).tolist()
+    return torch.tensor(sorted(numbers), dtype=torch.float32, device=device)
