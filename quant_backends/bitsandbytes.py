@@ -75,3 +75,18 @@ class BitsAndBytes(Backend):
             state2=outer,
         )
         return functional.dequantize_4bit(packed.data.view(-1, 1), state).view(packed.shape)
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, fmt: type[Format] | ScaledFormat) -> PackedTensor:
+        functional, shape = cls.library("functional"), tuple(values.shape)
+        if not isinstance(fmt, BitsAndBytes4Bit):
+            data, scale, _ = functional.int8_vectorwise_quant(values.half())
+            return PackedTensor(data, fmt, shape, {"scale": scale})
+        data, state = functional.quantize_4bit(
+            values, blocksize=fmt.block_size, quant_type=fmt.quant_type, compress_statistics=bool(fmt.nested)
+        )
+        parts = {"absmax": state.absmax, "quant_map": state.code}
+        if fmt.nested:
+            parts |= {"nested_absmax": state.state2.absmax, "nested_quant_map": state.state2.code}
+            parts["nested_offset"] = state.offset.view(1)
+        return PackedTensor(data, fmt, shape, parts)

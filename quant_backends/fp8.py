@@ -58,3 +58,11 @@ class FP8(Backend):
     def decode(cls, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
         scale = packed.parts["scale"].view(())
         return cls.library().dequantize_per_tensor_fp8(packed.data.view(packed.shape), scale, dtype)
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, fmt: type[Format] | ScaledFormat) -> PackedTensor:
+        assert isinstance(fmt, ScaledElements)
+        largest = torch.finfo(fmt.data_dtype).max
+        scale = (values.abs().amax().float() / largest).clamp_(min=torch.finfo(torch.float32).tiny)
+        data = cls.library().quantize_per_tensor_fp8(values, scale, fmt.data_dtype)
+        return PackedTensor(data, fmt, tuple(values.shape), {"scale": scale})

@@ -44,3 +44,11 @@ class GGUF(Backend):
         ggml_type = library.GGMLQuantizationType[packed.format.name]
         found = library.quants.dequantize(packed.data.view(-1).cpu().numpy(), ggml_type)
         return torch.from_numpy(found).view(packed.shape).to(packed.data.device, dtype)
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, fmt: type[Format] | ScaledFormat) -> PackedTensor:
+        library = cls.library()
+        found = library.quants.quantize(values.float().cpu().numpy(), library.GGMLQuantizationType[fmt.name])
+        data = torch.from_numpy(found).view(torch.uint8).view(-1).to(values.device)
+        assert isinstance(fmt, type)
+        return PackedTensor(data, fmt, tuple(values.shape))

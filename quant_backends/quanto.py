@@ -90,3 +90,21 @@ class Quanto(Backend):
             qtype, 0 if by_row else None, shape, stride, packed.data.view(shape), scale, None
         )
         return tensor.dequantize().to(dtype)
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, fmt: type[Format] | ScaledFormat) -> PackedTensor:
+        quanto, shape = cls.library(), tuple(values.shape)
+        weights = cls.library("tensor.weights")
+        if isinstance(fmt, QuantoGroups):
+            qtype = quanto.qtypes[f"qint{fmt.bits}"]
+            size = None if values[0].numel() == fmt.group_size else fmt.group_size
+            scale, shift = quanto.MaxOptimizer()(values, qtype=qtype, axis=0, group_size=size)
+            tensor = weights.quantize_weight(
+                values, qtype=qtype, axis=0, scale=scale, shift=shift, group_size=size, optimized=False
+            )
+            return PackedTensor(tensor._data._data, fmt, shape, {"scale": scale, "shift": shift})
+        assert isinstance(fmt, ScaledElements)
+        qtype = quanto.qtypes["qint8" if fmt.stored == "int8" else f"q{fmt.stored}"]
+        scale = quanto.AbsmaxOptimizer()(values, qtype=qtype, axis=0 if fmt.block == (1, 0) else None)
+        tensor = weights.quantize_weight(values, qtype=qtype, axis=0, scale=scale, optimized=False)
+        return PackedTensor(tensor._data, fmt, shape, {"scale": scale})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 # Importing a backend registers it, in this order.
-from . import gguf, bitsandbytes, fp8, quanto, torchao  # isort: skip
+from . import gguf, bitsandbytes, fp8, int8, quanto, torchao  # isort: skip
 from .core.backend import BACKENDS, Backend, FileKind, FormatFamily, Status
 from .readers.conventions import ALTERNATIVE, REFUSED
 from .readers.safetensors_file import PICKLE_HINT
@@ -26,6 +26,7 @@ __all__ = [
     "fp8",
     "gguf",
     "gguf_types",
+    "int8",
     "quanto",
     "summary_for_tooltip",
     "support_table",

@@ -76,3 +76,16 @@ class TorchAO(Backend):
         else:
             tensor = quantization.Int8Tensor(data, parts["scale"], block_size=block, dtype=dtype)
         return tensor.dequantize().view(packed.shape)
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, fmt: type[Format] | ScaledFormat) -> PackedTensor:
+        quantization = cls.library("quantization")
+        assert isinstance(fmt, ScaledElements)
+        granularity = {(1, 0): quantization.PerRow(), (0, 0): quantization.PerTensor()}.get(fmt.block)
+        granularity = granularity or quantization.PerGroup(fmt.block[1])
+        if STORED[fmt.stored] != torch.int8:
+            tensor = quantization.Float8Tensor.from_hp(values, STORED[fmt.stored], granularity)
+            return PackedTensor(tensor.qdata, fmt, tuple(values.shape), {"scale": tensor.scale})
+        tensor = quantization.Int8Tensor.from_hp(values, granularity)
+        zero = {"zero": tensor.zero_point} if fmt.zero else {}
+        return PackedTensor(tensor.qdata, fmt, tuple(values.shape), {"scale": tensor.scale, **zero})

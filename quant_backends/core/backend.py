@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from importlib import metadata
@@ -105,26 +107,48 @@ class Backend:
 
         Raises SnugError when the library is missing or broken, or does not take this tensor.
         """
+        with cls._asked_to(
+            "decode", packed.format, f"a {packed.format.name} tensor of shape {packed.shape} to {dtype}"
+        ):
+            return cls.decode(packed, dtype)
+
+    @classmethod
+    def quantize(cls, values: torch.Tensor, fmt: type[Format] | ScaledFormat) -> PackedTensor:
+        """Encode with the library's own code, its defaults where the format leaves a choice; on values' device.
+
+        values: float [out, in]. Raises SnugError when the library is missing or broken, or does not write the format.
+        """
+        with cls._asked_to(
+            "encode", fmt, f"a tensor of shape {tuple(values.shape)} in {values.dtype} to {fmt.name}"
+        ):
+            return cls.encode(values.detach(), fmt)
+
+    @classmethod
+    @contextmanager
+    def _asked_to(cls, verb: str, fmt: type[Format] | ScaledFormat, what: str) -> Iterator[None]:
         problem = cls.unavailable()
         if problem:
             raise SnugError(problem)
-        if not cls.handles(packed.format):
+        if not cls.handles(fmt):
             known = ", ".join(name for family in cls.families for name in family.examples)
-            raise SnugError(
-                f"{cls.title} does not decode {packed.format.name}; it decodes the like of {known}."
-            )
+            raise SnugError(f"{cls.title} does not {verb} {fmt.name}; it {verb}s the like of {known}.")
         try:
-            return cls.decode(packed, dtype)
+            yield
         except Exception as error:  # whatever the library raises, or its import
             raise SnugError(
-                f"{cls.package} {cls._version()} cannot decode a {packed.format.name} tensor of shape "
-                f"{tuple(packed.shape)} to {dtype} ({_first_line(error)}); use Snug's own decoding, or update it."
+                f"{cls.package} {cls._version()} cannot {verb} {what} ({_first_line(error)}); use Snug's own "
+                f"{verb[:-1]}ing, or update it."
             ) from error
 
     @classmethod
     def decode(cls, packed: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
         """`dequantize` of a format that the backend handles; may raise anything."""
         raise NotImplementedError
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, fmt: type[Format] | ScaledFormat) -> PackedTensor:
+        """`quantize` to a format that the backend handles; may raise anything."""
+        raise NotImplementedError(f"it does not write {fmt.name}")
 
     @classmethod
     def library(cls, module: str = "") -> Any:

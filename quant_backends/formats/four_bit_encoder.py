@@ -16,7 +16,7 @@ import torch
 from .row_encoder import DATA, RowEncoder, Tensors
 
 if TYPE_CHECKING:
-    from .bitsandbytes_4bit import BitsAndBytes4Bit
+    pass
 
 # functional.get_4bit_type; FP4's values are twelfths, index bits are sign, exponent, exponent, mantissa.
 _FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)
@@ -30,6 +30,7 @@ VALUES = {
 # What quantize_4bit always nests with, whatever the block size of the weights.
 NESTED_BLOCK = 256
 _SMALLEST = 1e-38
+_STEPS = 65535  # of the table that quantize_blockwise looks numbers from -1 to 1 up in
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ class FourBitEncoder(RowEncoder["BitsAndBytes4Bit"]):
             last = rest.abs().amax().clamp_(min=_SMALLEST)
             largest = torch.cat([largest, last.view(1)])
             scaled = torch.cat([scaled, rest / last])
-        return {DATA: pack_pairs(self.nearest(scaled)), "absmax": largest}
+        index = self.nearest(torch.nn.functional.pad(scaled, (0, scaled.numel() % 2)))
+        return {DATA: index[::2] << 4 | index[1::2], "absmax": largest}
 
     def nearest(self, scaled: torch.Tensor) -> torch.Tensor:
         """uint8: the index of the value next to each number from -1 to 1."""
@@ -78,29 +80,29 @@ def _middles(quant_type: str, device: torch.device) -> tuple[torch.Tensor, torch
     return middles, None if quant_type == "nf4" else order
 
 
-def pack_pairs(index: torch.Tensor) -> torch.Tensor:
-    """uint8 [n] indices to uint8 [ceil(n / 2)]: the first of two in the high bits."""
-    if index.numel() % 2:
-        # The index of zero in both maps would be another one; the library pads the scaled numbers with 0.
-        index = torch.nn.functional.pad(index, (0, 1), value=0)
-    return index[::2] << 4 | index[1::2]
-
-
 def nest(absmax: torch.Tensor, block: int) -> Tensors:
     """Double quantization: the largest magnitudes less their mean, as 8-bit indices of blocks of their own."""
     offset = absmax.mean()
-    values = absmax - offset
-    padded = torch.nn.functional.pad(values, (0, -values.numel() % block)).view(-1, block)
-    largest = padded.abs().amax(1)
-    scaled = (padded * largest.clamp(min=_SMALLEST).reciprocal_()[:, None]).view(-1)[: values.numel()]
-    code = dynamic_map(absmax.device)
-    index = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True)
+    values = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % block)).view(-1, block)
+    largest = values.abs().amax(1, keepdim=True)
+    scaled = (values * largest.clamp(min=_SMALLEST).reciprocal_()).clamp_(-1, 1)
+    steps = (scaled + 1).mul_(0.5).mul_(_STEPS).add_(0.5).int()
+    index = _dynamic_indices(absmax.device).index_select(0, steps.view(-1)).view(values.shape)
+    index.masked_fill_(largest == 0, 0)
     return {
-        "absmax": index.to(torch.uint8),
-        "nested_absmax": largest,
-        "nested_quant_map": code.clone(),
+        "absmax": index.view(-1)[: absmax.numel()],
+        "nested_absmax": largest.view(-1),
+        "nested_quant_map": dynamic_map(absmax.device).clone(),
         "nested_offset": offset.view(1),
     }
+
+
+@cache
+def _dynamic_indices(device: torch.device) -> torch.Tensor:
+    """uint8: for every step from -1 to 1 the index of the number next to it; the library rounds to steps first."""
+    code = dynamic_map(device)
+    steps = torch.arange(_STEPS + 1, dtype=torch.float32, device=device).mul_(2).div_(_STEPS).sub_(1)
+    return torch.bucketize(steps, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 from .row_encoder import DATA, RowEncoder, Tensors
 
 if TYPE_CHECKING:
-    from .quanto_groups import QuantoGroups
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,9 @@ class GroupEncoder(RowEncoder["QuantoGroups"]):
 
 
 def pack_planes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [groups, size] to uint8 [ceil(groups / n), size], n = 8 / bits: row g % rows, from bit bits * (g // rows)."""
+    """uint8 [groups, size] to uint8 [rows, size], 8 / bits codes a byte: group g lies in row g % rows, from the bit
+    bits * (g // rows) up.
+    """
     count = 8 // bits
     rows = -(-len(codes) // count)
     packed = codes.new_zeros(rows, codes.shape[1])

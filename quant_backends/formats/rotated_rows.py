@@ -20,8 +20,8 @@ import torch
 
 from ..core.errors import SnugError
 from .base import Scratch
-from .roundings import OWN
 from .rotation import rotate
+from .roundings import OWN
 from .row_encoder import ElementEncoder, RowEncoder, Tensors
 from .scaled_base import FLOATS, ScaledFormat, rows_and_columns
 from .scaled_elements import ScaledElements

@@ -22,7 +22,7 @@ _FLOAT32 = torch.finfo(torch.float32)
 
 def _magnitude(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
     """The largest magnitude between the least and the largest value; NaN where there is one."""
-    return torch.maximum(low.neg(), high)
+    return torch.maximum(low.neg(), high).abs_()  # of zeros, plus zero
 
 
 def _top(fmt: ScaledElements) -> float:
@@ -103,17 +103,25 @@ def _quanto_codes(values: torch.Tensor, parts: Tensors, fmt: ScaledElements) -> 
 QUANTO = Rounding(_same, _quanto_scale, _quanto_codes)
 
 
-# torchao's Int8Tensor: choose_qparams_affine, symmetric with the smallest step of float32, and quantize_affine. It
-# stores zero points that are all zero.
+# torchao: Int8Tensor (choose_qparams_affine, symmetric with the smallest step of float32, and quantize_affine; zero
+# points that are all zero are stored) and Float8Tensor (_choose_scale_float8 and _quantize_affine_float8).
 
 
 def _torchao_scale(low: torch.Tensor, high: torch.Tensor, fmt: ScaledElements) -> Tensors:
-    scale = (_magnitude(low, high) / 127.5).clamp_(min=_FLOAT32.eps)
-    return {"scale": scale.float(), "zero": torch.zeros_like(scale, dtype=torch.int8)}
+    if fmt.data_dtype.is_floating_point:
+        return {"scale": (_magnitude(low, high) / _top(fmt)).float()}
+    scale = (_magnitude(low, high) / 127.5).clamp_(min=_FLOAT32.eps).float()
+    return (
+        {"scale": scale, "zero": torch.zeros_like(scale, dtype=torch.int8)} if fmt.zero else {"scale": scale}
+    )
 
 
 def _torchao_codes(values: torch.Tensor, parts: Tensors, fmt: ScaledElements) -> torch.Tensor:
-    codes = (values * (1.0 / parts["scale"])).round_() + parts["zero"]
+    if fmt.data_dtype.is_floating_point:
+        return _nearest(values.float() / parts["scale"], -_top(fmt), _top(fmt), fmt.data_dtype)
+    codes = (values * (1.0 / parts["scale"])).round_()
+    if fmt.zero:
+        codes += parts["zero"]
     return codes.clamp_(-128, 127).to(torch.int8)
 
 
@@ -124,6 +132,8 @@ TORCHAO = Rounding(_same, _torchao_scale, _torchao_codes)
 
 
 def _torchao_range(low: torch.Tensor, high: torch.Tensor, fmt: ScaledElements) -> Tensors:
+    if not fmt.zero:
+        return _torchao_scale(low, high, fmt)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / 255.0).clamp_(min=torch.finfo(low.dtype).smallest_normal)
     zero = (-128 - (low / scale).round_()).clamp_(-128, 127)
@@ -131,17 +141,3 @@ def _torchao_range(low: torch.Tensor, high: torch.Tensor, fmt: ScaledElements) -
 
 
 TORCHAO_ASYMMETRIC = Rounding(_same, _torchao_range, _torchao_codes)
-
-
-# torchao's Float8Tensor: _choose_scale_float8 and _quantize_affine_float8.
-
-
-def _torchao_float8_scale(low: torch.Tensor, high: torch.Tensor, fmt: ScaledElements) -> Tensors:
-    return {"scale": (_magnitude(low, high) / _top(fmt)).float()}
-
-
-def _torchao_float8_codes(values: torch.Tensor, parts: Tensors, fmt: ScaledElements) -> torch.Tensor:
-    return _nearest(values.float() / parts["scale"], -_top(fmt), _top(fmt), fmt.data_dtype)
-
-
-TORCHAO_FLOAT8 = Rounding(_same, _torchao_float8_scale, _torchao_float8_codes)

@@ -23,7 +23,7 @@ AnyScaled = TypeVar("AnyScaled", bound="ScaledFormat")
 
 @dataclass(frozen=True, slots=True)
 class RowEncoder(Generic[AnyScaled]):
-    """Encodes one weight; `kernels/dequantize.py` cuts it into chunks and joins the results along their first dimension."""
+    """Encodes one weight; `kernels/dequantize.py` cuts it into chunks and joins the results along dimension 0."""
 
     format: AnyScaled
 
@@ -43,7 +43,7 @@ class RowEncoder(Generic[AnyScaled]):
         raise NotImplementedError
 
     def finish(self, joined: Tensors) -> Tensors:
-        """The tensors of the whole weight from those of its chunks."""
+        """The tensors of the whole weight from those of its chunks and what `begin` returned."""
         return joined
 
 
@@ -69,9 +69,8 @@ class ElementEncoder(RowEncoder["ScaledElements"]):
     def begin(self, matrix: torch.Tensor) -> Tensors:
         if self.format.block != (0, 0):
             return {}
-        low, high = matrix.amin(), matrix.amax()
-        rounding = self.rounding
-        return rounding.choose(rounding.prepare(low), rounding.prepare(high), self.format)
+        low, high = (self.rounding.prepare(value).view(1, 1, 1) for value in (matrix.amin(), matrix.amax()))
+        return self.rounding.choose(low, high, self.format)
 
     def encode(self, rows: torch.Tensor, importance: torch.Tensor | None, shared: Mapping) -> Tensors:
         count, columns = rows.shape
@@ -79,7 +78,13 @@ class ElementEncoder(RowEncoder["ScaledElements"]):
         blocks = self.rounding.prepare(rows).reshape(count, columns // group, group)
         parts = dict(shared)
         if not parts:
-            parts = self.rounding.choose(blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True), self.format)
+            parts = self.rounding.choose(
+                blocks.amin(2, keepdim=True), blocks.amax(2, keepdim=True), self.format
+            )
         codes = self.rounding.store(blocks, parts, self.format)
         own = {} if shared else {name: part.view(count, -1) for name, part in parts.items()}
         return {DATA: codes.view(rows.shape), **own}
+
+    def finish(self, joined: Tensors) -> Tensors:
+        # One scale of the whole tensor has no dimensions, as float8 weights of ComfyUI have it.
+        return {name: part.view(()) if part.dim() == 3 else part for name, part in joined.items()}

@@ -113,7 +113,9 @@ class ScaledElements(ScaledFormat):
         if self.stored == "uint8" or self.block[0] > 1 or (self.block[1] and not self.block[0]):
             return None  # blocks of several rows
         if self.scb or self.zero:
-            return ElementEncoder(self, BITSANDBYTES if self.scb else TORCHAO) if self.stored == "int8" else None
+            return (
+                ElementEncoder(self, BITSANDBYTES if self.scb else TORCHAO) if self.stored == "int8" else None
+            )
         is_cast = self.stored != "int8" and self.block == (0, 0)
         return ElementEncoder(self, CAST if is_cast else OWN)
 

@@ -10,7 +10,7 @@ from .stored import StoredWeight
 
 # A member of a numbered list that is more than one layer: there are at least a layer and a parameter behind its
 # number, however many numbers the layer's place in it has.
-_BLOCK = re.compile(r"(.+?)\.([0-9]{1,9})\.(?:\d+\.)*[A-Za-z_]\w*\..+")
+_BLOCK = re.compile(r"(.+?)\.(\d+)\.(?:\d+\.)*[A-Za-z_]\w*\..+")
 # What is in no block.
 OTHERS = "others"
 
@@ -30,18 +30,12 @@ class BlockGroup:
         return sum(nbytes for _, nbytes in self.blocks)
 
 
-def block_of(weight: str) -> tuple[str, int] | None:
-    """The list of blocks that the weight of this name is in, and its block's number there; None: it is in none."""
-    match = _BLOCK.fullmatch(weight)
-    return (match[1], int(match[2])) if match else None
-
-
 def group_blocks(weights: Iterable[StoredWeight]) -> list[BlockGroup]:
     """The lists of blocks of a model in the order of their first weights; what is in no block comes last."""
     lists: dict[str, dict[str, list[StoredWeight]]] = {}
     for weight in weights:
-        found = block_of(weight.name)
-        name, block = (found[0], f"{found[0]}.{found[1]}") if found else (OTHERS, OTHERS)
+        match = _BLOCK.fullmatch(weight.name)
+        name, block = (match[1], f"{match[1]}.{match[2]}") if match else (OTHERS, OTHERS)
         lists.setdefault(name, {}).setdefault(block, []).append(weight)
     groups = []
     for name, blocks in sorted(lists.items(), key=lambda item: item[0] == OTHERS):

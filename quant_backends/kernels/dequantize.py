@@ -176,7 +176,7 @@ def quantize_packed(
 def encode(
     values: torch.Tensor, encoder: RowEncoder[Any], importance: torch.Tensor | None = None
 ) -> PackedTensor:
-    """Encode values (float, any shape) by `encoder` in its format, chunk by chunk of rows; the result is on their device.
+    """Encode values (float, any shape) by `encoder`, chunk by chunk of rows; the result is on their device.
 
     importance: as `quantize_packed` takes it. Raises SnugError when the format cannot hold them.
     """
@@ -194,7 +194,7 @@ def encode(
         for name, part in encoder.encode(matrix[start : start + step], importance, shared).items():
             found.setdefault(name, []).append(part)
     joined = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
-    joined = {**shared, **encoder.finish(joined)}
+    joined = encoder.finish(joined | shared)
     data = joined.pop(DATA)
     return PackedTensor(data.view(shape) if data.numel() == values.numel() else data, fmt, shape, joined)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from .layers import LayerInfo, block_positions
+from .layers import LayerInfo
 from .recipe import Recipe, make_recipe
-from .targets import Target, find_target, targets
+from .target import Target
+from .targets import find_target, targets
 
-__all__ = ["LayerInfo", "Recipe", "Target", "block_positions", "find_target", "make_recipe", "targets"]
+__all__ = ["LayerInfo", "Recipe", "Target", "find_target", "make_recipe", "targets"]

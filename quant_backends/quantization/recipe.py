@@ -12,8 +12,10 @@ from ..core.errors import SnugError
 from ..core.packed import PackedTensor
 from ..formats.scaled import format_called
 from ..memory.layerwise import SkipRules, parse_skip_patterns
-from .layers import LayerInfo, block_positions
-from .targets import AnyFormat, Target, find_target
+from ..writers.mixes import block_numbers
+from .layers import LayerInfo
+from .target import AnyFormat, Target
+from .targets import find_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Recipe:
     """target: for every layer that nothing else is said about. skip: which layers keep their precision.
 
     overrides: layer name to format name, "" to keep the layer; these win over skip. importance: layer name to float32
-    [in], the mean square of each input channel. positions: of the layers, see `block_positions`. kinds: of layers that
+    [in], the mean square of each input channel. positions: of the layers, see `block_numbers`. kinds: of layers that
     are quantized at all.
     """
 
@@ -91,6 +93,6 @@ def make_recipe(
         parse_skip_patterns(skip, known, is_text_encoder),
         dict(overrides or {}),
         dict(importance or {}),
-        block_positions(names),
+        block_numbers(names),
         frozenset(kinds),
     )
