@@ -11,7 +11,7 @@ import torch
 
 from ..core.packed import PackedTensor
 from . import bitsandbytes_keys, fp8_keys, quanto_keys, torchao_keys
-from .core_quant import DESCRIPTION, FLOAT8, core_formats, has_core_formats
+from .core_quant import LOADABLE, core_formats, has_core_formats, load_core_int8
 from .key_groups import KeyGroups
 from .mapped_file import writable
 from .safetensors_file import SafetensorsFile
@@ -79,7 +79,8 @@ def recognise(file: SafetensorsFile) -> Convention:
     """The convention of a file by its header; FileFormatError for one that Snug refuses."""
     if has_core_formats(file):
         formats = core_formats(file)
-        return Convention("core", (_load_core_fp8,) if formats <= FLOAT8 else (), formats)
+        loaders = (load_core_int8, fp8_keys.load_scaled_fp8) if formats <= LOADABLE else ()
+        return Convention("core", loaders, formats)
     for endings, kind, reason in REFUSED:
         if all(any(name.endswith(ending) for name in file.tensors) for ending in endings):
             file.fail(f"the file is quantized with {kind}, which Snug does not load: {reason}", ALTERNATIVE)
@@ -115,8 +116,3 @@ def load_quantized(
     for name in [name for name in file.tensors if name in groups.left]:
         groups.state_dict[name] = writable(groups.take(name))
     return LoadedSafetensors(groups.state_dict, convention, packed + plain, file.metadata, groups.extras)
-
-
-def _load_core_fp8(groups: KeyGroups) -> None:
-    groups.keep([name for name in groups.file.tensors if name.endswith(DESCRIPTION)])
-    fp8_keys.load_scaled_fp8(groups)

@@ -1,25 +1,29 @@
-"""ComfyUI's own quantized safetensors: which of its formats a file uses, by header and descriptions alone.
+"""ComfyUI's own quantized safetensors: what they say about each layer, by header and descriptions alone.
 
 Either the metadata `_quantization_metadata` = {"format_version": "1.0", "layers": {L: {"format": …}}}, or beside each
 weight a tensor `L.comfy_quant`: {"format": …} as JSON in uint8 (comfy/ops.py, comfy/utils.py: convert_old_quants).
+int8_tensorwise also has "convrot" and "convrot_groupsize", there or in "params".
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from .gguf_values import shown
-from .key_groups import MAX_JSON_BYTES
-from .safetensors_file import SafetensorsFile, strict_json
+from .key_groups import MAX_JSON_BYTES, KeyGroups
+from .safetensors_file import SafetensorsFile, are_counts, strict_json
 
 METADATA = "_quantization_metadata"
 DESCRIPTION = ".comfy_quant"
 # One line of JSON for each layer; the largest models have some thousands.
 MAX_METADATA_BYTES = 1 << 24
-# float8 weights with a scale beside them, which Snug can load as well.
-FLOAT8 = frozenset({"float8_e4m3fn", "float8_e5m2"})
+INT8 = "int8_tensorwise"
+# int8 or float8 weights with a scale beside them, which Snug can load as well.
+LOADABLE = frozenset({"float8_e4m3fn", "float8_e5m2", INT8})
+SCALE = ".weight_scale"
 
 
 def has_core_formats(file: SafetensorsFile) -> bool:
@@ -28,7 +32,7 @@ def has_core_formats(file: SafetensorsFile) -> bool:
 
 def core_formats(file: SafetensorsFile) -> frozenset[str]:
     """The names that ComfyUI gives to the file's formats; FileFormatError when they cannot be read."""
-    return frozenset(_in_metadata(file) | _beside_weights(file))
+    return frozenset(layer["format"] for layer in core_layers(file).values())
 
 
 def is_per_layer(file: SafetensorsFile) -> bool:
@@ -36,9 +40,44 @@ def is_per_layer(file: SafetensorsFile) -> bool:
     return any(name.endswith(DESCRIPTION) for name in file.tensors)
 
 
-def _in_metadata(file: SafetensorsFile) -> set[str]:
+def core_layers(file: SafetensorsFile) -> dict[str, Mapping[str, Any]]:
+    """What the file says about each quantized layer, "format" always among it; what lies beside a weight wins."""
+    return _in_metadata(file) | _beside_weights(file)
+
+
+def load_core_int8(groups: KeyGroups) -> None:
+    """Puts the int8 layers of an open file together; scales of a layer that is none are left where they are."""
+    layers = core_layers(groups.file)
+    groups.keep([name for name in groups.file.tensors if name.endswith(DESCRIPTION)])
+    for layer, description in layers.items():
+        name = f"{layer}.weight"
+        if description["format"] != INT8 or name not in groups.left:
+            continue
+        weight, scale = groups.take(name), groups.take(layer + SCALE)
+        if weight.dtype != torch.int8 or not weight.dim():
+            groups.file.fail(f"the weight {shown(name)} is {weight.dtype}, expected int8")
+        kind = "tensor" if scale.numel() == 1 else "rows"
+        group = _rotated_group(groups.file, name, description)
+        if group:
+            kind = f"rows-rotated-{group}"
+        groups.pack(name, weight, f"int8-{kind}", tuple(weight.shape), {"scale": scale})
+
+
+def _rotated_group(file: SafetensorsFile, name: str, description: Mapping[str, Any]) -> int:
+    """How many channels were rotated together; 0: none."""
+    nested = description.get("params")
+    options = {**(nested if isinstance(nested, dict) else {}), **description}
+    size = options.get("convrot_groupsize", 256)
+    if not options.get("convrot", False):
+        return 0
+    if not are_counts([size]) or not 4 <= size <= 1 << 20:
+        file.fail(f"the description of {shown(name)} has no possible convrot_groupsize")
+    return size
+
+
+def _in_metadata(file: SafetensorsFile) -> dict[str, Mapping[str, Any]]:
     if METADATA not in file.metadata:
-        return set()
+        return {}
     content = file.metadata[METADATA].encode("utf-8", "replace")
     if len(content) > MAX_METADATA_BYTES:
         file.fail(f"{METADATA} has {len(content)} bytes, expected at most {MAX_METADATA_BYTES}")
@@ -46,18 +85,19 @@ def _in_metadata(file: SafetensorsFile) -> set[str]:
     layers = found.get("layers") if isinstance(found, dict) else None
     if not isinstance(layers, dict):
         file.fail(f"{METADATA} does not list layers")
-    return {_format(file, layer, METADATA) for layer in layers.values()}
+    return {name: _description(file, layer, METADATA) for name, layer in layers.items()}
 
 
-def _beside_weights(file: SafetensorsFile) -> set[str]:
-    formats = set()
+def _beside_weights(file: SafetensorsFile) -> dict[str, Mapping[str, Any]]:
+    layers = {}
     for name, info in file.tensors.items():
         if name.endswith(DESCRIPTION):
             if info.dtype != torch.uint8 or info.nbytes > MAX_JSON_BYTES:
                 file.fail(f"{shown(name)} is no text of at most {MAX_JSON_BYTES} bytes")
             content = bytes(file.read(name).view(-1).tolist())
-            formats.add(_format(file, _json(file, content, shown(name)), shown(name)))
-    return formats
+            described = _json(file, content, shown(name))
+            layers[name.removesuffix(DESCRIPTION)] = _description(file, described, shown(name))
+    return layers
 
 
 def _json(file: SafetensorsFile, content: bytes, what: str) -> Any:
@@ -67,8 +107,8 @@ def _json(file: SafetensorsFile, content: bytes, what: str) -> Any:
         file.fail(f"{what} is not valid JSON ({error})")
 
 
-def _format(file: SafetensorsFile, description: Any, what: str) -> str:
+def _description(file: SafetensorsFile, description: Any, what: str) -> Mapping[str, Any]:
     found = description.get("format") if isinstance(description, dict) else None
     if not isinstance(found, str) or len(found) > 64:
         file.fail(f"{what} does not name the format of a layer")
-    return found
+    return description

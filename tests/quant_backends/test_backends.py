@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +35,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "INT8 (bitsandbytes)": ("int8",),
     "Scaled FP8": ("fp8", "fp8-rows"),
     "Block-scaled FP8": ("fp8-blocks",),
+    "INT8 (ComfyUI)": ("core-int8", "core-int8-rotated"),
     "qint8 (quanto)": ("quanto-int8",),
     "qfloat8 (quanto)": ("quanto-float8",),
     "qint4, qint2 (quanto)": ("quanto-int4",),
@@ -46,6 +49,8 @@ ALONE = {
     ("fp8", "float8_e5m2-rows"): "comfy-kitchen scales whole tensors",
     ("fp8", "float8_e4m3fn-128x128"): "comfy-kitchen scales whole tensors",
 }
+# The library adds up a matrix product in an order of its own.
+CLOSE = ("int8-rows-rotated-256",)
 # Libraries that calculate in the type of the scales alone, and those whose result is rounded once from float32.
 ONE_DTYPE, EXACT = ("quanto",), ("gguf", "bitsandbytes")
 # bitsandbytes always stores float32 here.
@@ -79,7 +84,14 @@ def coarser(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def test_the_backends_are_those_of_the_documents() -> None:
-    assert [backend.name for backend in BACKENDS] == ["gguf", "bitsandbytes", "fp8", "quanto", "torchao"]
+    assert [backend.name for backend in BACKENDS] == [
+        "gguf",
+        "bitsandbytes",
+        "fp8",
+        "int8",
+        "quanto",
+        "torchao",
+    ]
 
 
 @every_backend
@@ -199,6 +211,11 @@ def test_decoding_equals_the_library(backend: type[Backend], name: str, shape: t
                 continue
             expected, found = backend.dequantize(packed, dtype), dequantize_packed(packed, dtype)
             assert found.shape == expected.shape == shape and found.dtype == expected.dtype == dtype
+            if name in CLOSE:
+                torch.testing.assert_close(
+                    found, expected, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.02
+                )
+                continue
             exact = dtype == scale_dtype or backend.name in EXACT
             apart = steps_apart(found, expected, coarser(dtype, scale_dtype))
             assert apart <= (0 if exact else 1), (scale_dtype, dtype)
@@ -219,9 +236,25 @@ def write_blocks(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tens
     return written, {}
 
 
+def write_core_int8(
+    tensors: dict[str, torch.Tensor], rotated: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """As ComfyUI's layers save themselves: comfy-kitchen's layout, described beside the weight."""
+    layout = pytest.importorskip("comfy_kitchen.tensor").TensorWiseINT8Layout
+    options = {"is_weight": True, "per_channel": True, "convrot": rotated, "convrot_groupsize": 64}
+    data, params = layout.quantize(tensors["a.weight"], **options)
+    written = {"a.bias": tensors["a.bias"], "a.weight": data, "a.weight_scale": params.scale}
+    described = {"format": "int8_tensorwise"} | (
+        {"convrot": True, "convrot_groupsize": 64} if rotated else {}
+    )
+    written["a.comfy_quant"] = torch.tensor(list(json.dumps(described).encode()), dtype=torch.uint8)
+    return written, {}
+
+
 def test_every_family_has_a_writer() -> None:
     assert set(FILES) == {family.title for _, family in PACKED} - {"GGUF"}
-    assert {kind for kinds in FILES.values() for kind in kinds} == {*KINDS, "fp8-blocks"}
+    kinds = {kind for kinds in FILES.values() for kind in kinds}
+    assert kinds == {*KINDS, "fp8-blocks", "core-int8", "core-int8-rotated"}
 
 
 @pytest.mark.parametrize(
@@ -235,9 +268,11 @@ def test_files_of_the_real_writers(
     values = torch.randn(256, 384, generator=torch.Generator().manual_seed(1)) / 20
     values[:128, :128] = 0
     write: Callable[..., tuple[dict[str, torch.Tensor], dict[str, str]]] = quantize_tensors
-    arguments = (kind,)
+    arguments: tuple[object, ...] = (kind,)
     if kind == "fp8-blocks":
         write, arguments = write_blocks, ()
+    elif kind.startswith("core"):
+        write, arguments = write_core_int8, (kind == "core-int8-rotated",)
     tensors, extra = write({"a.weight": values, "a.bias": torch.ones(256)}, *arguments)
     path = tmp_path / "model.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=extra)
@@ -247,8 +282,28 @@ def test_files_of_the_real_writers(
     assert isinstance(packed, PackedTensor)
     assert backend.handles(packed.format) or backend.name == "fp8"
     found = dequantize_packed(packed)
-    assert not found[:128, :128].any()
+    assert not found[:128, :128].any() or "rotated" in kind
     assert (found - values).norm() < 0.2 * values.norm()
     if backend.handles(packed.format):
         needs(backend)
-        assert torch.equal(found, backend.dequantize(packed, torch.float32))
+        expected = backend.dequantize(packed, torch.float32)
+        assert (
+            torch.allclose(found, expected, atol=1e-6) if "rotated" in kind else torch.equal(found, expected)
+        )
+
+
+@every_example
+def test_encoding_by_the_library(backend: type[Backend], name: str) -> None:
+    """A library's own encoding decodes to about the weights, or it says in one sentence that it has none."""
+    needs(backend)
+    values = torch.randn(64, 512, generator=torch.Generator().manual_seed(3)) / 30
+    fmt = format_called(name)
+    try:
+        packed = backend.quantize(values, fmt)
+    except SnugError as error:
+        # tests/quant_backends/formats compares the encodings of those that have one byte by byte.
+        assert re.search("does not encode|cannot encode", str(error)) and str(error).endswith(".")
+        assert backend.name in ("gguf", "fp8", "quanto")
+        return
+    assert packed.format == fmt and packed.shape == values.shape
+    assert (dequantize_packed(packed) - values).norm() < 0.85 * values.norm()

@@ -7,18 +7,16 @@ import math
 import torch
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import Format
-from snug.quant_backends.formats.scaled import BitsAndBytes4Bit, QuantoGroups, ScaledElements, format_called
+from snug.quant_backends.formats.four_bit_encoder import VALUES
+from snug.quant_backends.formats.scaled import (
+    BitsAndBytes4Bit,
+    QuantoGroups,
+    RotatedRows,
+    ScaledElements,
+    format_called,
+)
 from snug.quant_backends.formats.scaled_base import rows_and_columns
 from snug.quant_backends.formats.scaled_elements import STORED
-
-# bitsandbytes' own maps (functional.get_4bit_type), which it uses whatever a file says.
-MAPS = {
-    "nf4": (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
-    + (-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725)
-    + (0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941)
-    + (0.7229568362236023, 1.0),
-    "fp4": tuple(value / 12 for value in (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -6, -2, -3)),
-}
 
 
 def random_packed(
@@ -36,6 +34,9 @@ def random_packed(
         data = _bytes((-(-groups * fmt.bits // 8), fmt.group_size), generator)
         parts = {"scale": _scales((groups, 1), scale_dtype, generator)}
         return PackedTensor(data, fmt, shape, parts | {"shift": parts["scale"] * 2 ** (fmt.bits - 1)})
+    if isinstance(fmt, RotatedRows):
+        parts = {"scale": _scales((shape[0], 1), scale_dtype, generator)}
+        return PackedTensor(_bytes(shape, generator).view(torch.int8), fmt, shape, parts)
     assert isinstance(fmt, ScaledElements)
     data = _bytes(shape, generator).view(STORED[fmt.stored])
     if data.is_floating_point():
@@ -53,7 +54,7 @@ def _four_bit(
 ) -> PackedTensor:
     weights = math.prod(shape)
     blocks = -(-weights // fmt.block_size)
-    parts = {"quant_map": torch.tensor(MAPS[fmt.quant_type])}
+    parts = {"quant_map": torch.tensor(VALUES[fmt.quant_type])}
     if fmt.nested:
         parts |= {
             "absmax": _bytes((blocks,), generator),
