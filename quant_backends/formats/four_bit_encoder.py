@@ -16,7 +16,7 @@ import torch
 from .row_encoder import DATA, RowEncoder, Tensors
 
 if TYPE_CHECKING:
-    pass
+    from .bitsandbytes_4bit import BitsAndBytes4Bit
 
 # functional.get_4bit_type; FP4's values are twelfths, index bits are sign, exponent, exponent, mantissa.
 _FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)
@@ -34,8 +34,10 @@ _STEPS = 65535  # of the table that quantize_blockwise looks numbers from -1 to 
 
 
 @dataclass(frozen=True, slots=True)
-class FourBitEncoder(RowEncoder["BitsAndBytes4Bit"]):
+class FourBitEncoder(RowEncoder):
     """Indices of the nearest values, two in a byte, after dividing each block by its largest magnitude."""
+
+    format: BitsAndBytes4Bit
 
     def rows_together(self, columns: int) -> int:
         return self.format.block_size // math.gcd(columns, self.format.block_size)

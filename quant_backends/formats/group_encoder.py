@@ -14,12 +14,14 @@ import torch
 from .row_encoder import DATA, RowEncoder, Tensors
 
 if TYPE_CHECKING:
-    pass
+    from .quanto_groups import QuantoGroups
 
 
 @dataclass(frozen=True, slots=True)
-class GroupEncoder(RowEncoder["QuantoGroups"]):
+class GroupEncoder(RowEncoder):
     """Codes are kept a byte each until all are there: groups share bytes with ones far away."""
+
+    format: QuantoGroups
 
     def encode(self, rows: torch.Tensor, importance: torch.Tensor | None, shared: Mapping) -> Tensors:
         groups = rows.reshape(-1, self.format.group_size)

@@ -84,8 +84,10 @@ class RotatedRows(ScaledFormat):
 
 
 @dataclass(frozen=True, slots=True)
-class RotatedEncoder(RowEncoder[RotatedRows]):
+class RotatedEncoder(RowEncoder):
     """Rotates, then Snug's own int8 by row."""
+
+    format: RotatedRows
 
     def encode(self, rows: torch.Tensor, importance: torch.Tensor | None, shared: Mapping) -> Tensors:
         rotated = rows.to(torch.float32, copy=True)

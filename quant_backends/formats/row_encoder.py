@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
-    from .scaled_base import ScaledFormat
     from .scaled_elements import ScaledElements
 
 DATA = "data"
 Tensors = dict[str, torch.Tensor]
-AnyScaled = TypeVar("AnyScaled", bound="ScaledFormat")
 
 
 @dataclass(frozen=True, slots=True)
-class RowEncoder(Generic[AnyScaled]):
+class RowEncoder:
     """Encodes one weight; `kernels/dequantize.py` cuts it into chunks and joins the results along dimension 0."""
 
-    format: AnyScaled
+    format: Any  # a ScaledFormat, of which class the encoders say
 
     def rows_together(self, columns: int) -> int:
         """A chunk's rows are a multiple of this, so that no block is cut."""
@@ -61,9 +59,10 @@ class Rounding:
 
 
 @dataclass(frozen=True, slots=True)
-class ElementEncoder(RowEncoder["ScaledElements"]):
+class ElementEncoder(RowEncoder):
     """One element per weight, with a scale for the tensor, each row, or each group of columns of a row."""
 
+    format: ScaledElements
     rounding: Rounding
 
     def begin(self, matrix: torch.Tensor) -> Tensors:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -76,7 +76,7 @@ class ScaledFormat:
         """Whether `decode_rows` can write this dtype itself: with the same result as from float32, in fewer passes."""
         return dtype == torch.float32
 
-    def encoder(self) -> RowEncoder[Any] | None:
+    def encoder(self) -> RowEncoder | None:
         """What puts weights into this format; None: it is only read.
 
         Where several libraries write the format it is Snug's own arithmetic, `roundings` has theirs.

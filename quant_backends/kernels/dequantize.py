@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -173,9 +172,7 @@ def quantize_packed(
     return encode(values, encoder, importance)
 
 
-def encode(
-    values: torch.Tensor, encoder: RowEncoder[Any], importance: torch.Tensor | None = None
-) -> PackedTensor:
+def encode(values: torch.Tensor, encoder: RowEncoder, importance: torch.Tensor | None = None) -> PackedTensor:
     """Encode values (float, any shape) by `encoder`, chunk by chunk of rows; the result is on their device.
 
     importance: as `quantize_packed` takes it. Raises SnugError when the format cannot hold them.

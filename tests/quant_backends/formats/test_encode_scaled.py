@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats.four_bit_encoder import VALUES, dynamic_map
 from snug.quant_backends.formats.roundings import OWN, QUANTO, TORCHAO, TORCHAO_ASYMMETRIC, Rounding
 from snug.quant_backends.formats.row_encoder import ElementEncoder
-from snug.quant_backends.formats.scaled import ScaledElements, scaled_format
+from snug.quant_backends.formats.scaled import ScaledElements, ScaledFormat, scaled_format
 from snug.quant_backends.kernels import dequantize as kernel
 from snug.quant_backends.kernels.dequantize import dequantize_packed, encode, quantize_packed
 from snug.quant_backends.registry import bitsandbytes, int8, quanto, torchao
@@ -62,8 +62,9 @@ def without_nan(packed: PackedTensor) -> PackedTensor:
     )
 
 
-def with_rounding(rounding: Rounding) -> Callable[[torch.Tensor, ScaledElements], PackedTensor]:
-    return lambda values, fmt: encode(values, ElementEncoder(fmt, rounding))
+def with_rounding(rounding: Rounding, values: torch.Tensor, fmt: ScaledFormat) -> PackedTensor:
+    assert isinstance(fmt, ScaledElements)
+    return encode(values, ElementEncoder(fmt, rounding))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,7 +97,7 @@ def test_bitsandbytes_int8(dtype: torch.dtype) -> None:
 def test_quanto_8bit(name: str, dtype: torch.dtype) -> None:
     fmt = scaled_format(name)
     values = weights(40, 300, dtype)
-    ours, theirs = with_rounding(QUANTO)(values, fmt), quanto.Quanto.quantize(values, fmt)
+    ours, theirs = with_rounding(QUANTO, values, fmt), quanto.Quanto.quantize(values, fmt)
     same(ours, without_nan(theirs) if "float8" in name else theirs)
 
 
@@ -120,7 +121,7 @@ def test_quanto_groups(bits: int, shape: tuple[int, int], group: int, dtype: tor
 def test_torchao(name: str, dtype: torch.dtype) -> None:
     fmt = scaled_format(name)
     values = weights(40, 256, dtype)
-    ours, theirs = with_rounding(TORCHAO)(values, fmt), torchao.TorchAO.quantize(values, fmt)
+    ours, theirs = with_rounding(TORCHAO, values, fmt), torchao.TorchAO.quantize(values, fmt)
     same(ours, without_nan(theirs) if name.startswith("float8") and "rows" in name else theirs)
 
 
@@ -131,15 +132,15 @@ def test_torchao_asymmetric(group: int, dtype: torch.dtype) -> None:
     primitives = pytest.importorskip("torchao.quantization.quant_primitives")
     fmt = scaled_format(f"int8-1x{group}-zero")
     values = weights(40, 256, dtype)
-    layer = torch.nn.Linear(256, 40, bias=False, dtype=dtype)
+    layer: Any = torch.nn.Linear(256, 40, bias=False, dtype=dtype)
     layer.weight = torch.nn.Parameter(values.clone(), requires_grad=False)
     config = quantization.IntxWeightOnlyConfig(
         granularity=quantization.PerGroup(group), mapping_type=primitives.MappingType.ASYMMETRIC
     )
     quantization.quantize_(layer, config)
-    found = layer.weight
+    found: Any = layer.weight
     theirs = PackedTensor(found.qdata, fmt, (40, 256), {"scale": found.scale, "zero": found.zero_point})
-    same(with_rounding(TORCHAO_ASYMMETRIC)(values, fmt), theirs)
+    same(with_rounding(TORCHAO_ASYMMETRIC, values, fmt), theirs)
 
 
 @pytest.mark.parametrize("name", ["int8-rows", "int8-tensor", "int8-rows-rotated-64"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS
-from snug.quant_backends.formats.scaled import scaled_format
+from snug.quant_backends.formats.scaled import ScaledElements, scaled_format
 from snug.quant_backends.kernels.dequantize import dequantize_packed, quantize, quantize_packed
 from snug.quant_backends.kernels.requantize import can_requantize, requantize
 
@@ -40,6 +40,7 @@ def test_blocks_that_cross_rows() -> None:
 def test_a_float8_tensor_keeps_its_kind_of_scale(name: str, scale_dtype: torch.dtype) -> None:
     """A scale of its own is chosen anew; without one the numbers themselves are rounded."""
     fmt, values = scaled_format(name), weights(16, 64) * 0.01
+    assert isinstance(fmt, ScaledElements)
     data = torch.zeros(16, 64).to(fmt.data_dtype)
     scaled = requantize(
         values, PackedTensor(data, fmt, (16, 64), {"scale": torch.full((1,), 1e-3, dtype=scale_dtype)})
@@ -54,6 +55,7 @@ def test_a_float8_tensor_keeps_its_kind_of_scale(name: str, scale_dtype: torch.d
 @pytest.mark.parametrize("size", [0, 1e-5])
 def test_a_float8_tensor_of_zeros_or_next_to_them(size: float, scale_dtype: torch.dtype) -> None:
     fmt, values = scaled_format("float8_e4m3fn-tensor"), weights(16, 64) * size
+    assert isinstance(fmt, ScaledElements)
     parts = {"scale": torch.full((), 0.5, dtype=scale_dtype)}
     like = PackedTensor(torch.zeros(16, 64).to(fmt.data_dtype), fmt, (16, 64), parts)
     assert torch.allclose(dequantize_packed(requantize(values, like)), values, atol=size / 5)
