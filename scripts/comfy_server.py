@@ -104,7 +104,7 @@ class ComfyServer:
             (self.base / name).mkdir(parents=True, exist_ok=True)
         for name, folder in self.packs.items():
             link_folder(folder, self.base / "custom_nodes" / name)
-        self.port = free_port()
+        self.port = self.port or free_port()  # started again, it is where it was
         command = [str(self.python), "main.py", "--listen", "127.0.0.1", "--port", str(self.port)]
         command += ["--disable-auto-launch", "--disable-api-nodes", "--base-directory", str(self.base)]
         command += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"]
