@@ -28,6 +28,8 @@ SLACK = 0.02  # waiting ends a little early or late
 SOON, SOON_TIMES = 0.001, 300
 HISTORY = 3000  # samples: ten minutes of running
 PROMPTS = 5
+# Seconds that a running prompt is recorded on when nobody looks: a page that is loaded anew finds all of it.
+GRACE = 60.0
 MOST_FAILURES = 5
 
 
@@ -71,6 +73,7 @@ class Telemetry:
         self._handler: progress.Handler | None = None
         self._registry: progress.Registry | None = None
         self._is_monitored = False
+        self._looked_at = float("-inf")
 
     # ---- who looks -------------------------------------------------------------------------------------------------
 
@@ -191,8 +194,12 @@ class Telemetry:
         """Whether nobody looks any more; the thread must end then."""
         with self._lock:
             if self.leases.active(now) or self._is_monitored:
+                self._looked_at = now
+                return False
+            if self._record is not None and now < self._looked_at + GRACE:
                 return False
             self._end()
+            self._registry = None  # a prompt that still runs is seen again by who looks later
             self._thread = None
             return True
 
@@ -253,6 +260,8 @@ class Telemetry:
 
     def _begin(self, registry: progress.Registry) -> progress.Handler:
         self._end()
+        for before in [record for record in self.prompts if record.prompt_id == registry.prompt_id]:
+            self.prompts.remove(before)
         self._registry = registry
         self._record = PromptRecord(registry.prompt_id, main_device(), time.time())
         self._handler = progress.Handler(self, registry)

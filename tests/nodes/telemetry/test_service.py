@@ -118,6 +118,33 @@ def test_a_lease_sees_prompts_from_their_first_node(service: Any, prompts: Promp
     assert all(clients == ["client"] for *_, clients in sent)
 
 
+def test_a_prompt_is_recorded_on_while_a_page_is_loaded_anew(
+    service: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from snug.nodes.telemetry import service as module
+
+    registry = prompts.start()
+    service.lease("tab", 30, push=False)
+    wait_until(lambda: service.running_record() is not None)
+    record = service.running_record()
+    service.leases.end("tab")
+    run_node(registry, "a", 0)
+    service.lease("tab", 30, push=False)
+    run_node(registry, "b", 0)
+    assert service.running_record() is record
+    assert [node.node_id for node in record.nodes()] == ["a", "b"]
+    monkeypatch.setattr(module, "GRACE", 0.0)
+    service.leases.end("tab")
+    wait_until(lambda: not service.is_sampling)
+    assert record.ended is not None
+    # The prompt still runs: who looks later sees the rest of it.
+    service.lease("tab", 30, push=False)
+    wait_until(lambda: service.running_record() is not None)
+    run_node(registry, "c", 0)
+    assert [node.node_id for node in service.running_record().nodes()] == ["c"]
+    assert list(service.prompts) == []
+
+
 def test_a_handler_that_comes_late_sees_the_node_that_runs(service: Any, prompts: Prompts) -> None:
     registry = prompts.start()
     registry.start_progress("a")
