@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .architecture import detect_architecture
+from .conventions import CONVENTIONS, convention_for
 from .gguf_file import write_gguf
+from .safetensors_file import write_safetensors
 
-__all__ = ["detect_architecture", "write_gguf"]
+__all__ = ["CONVENTIONS", "convention_for", "detect_architecture", "write_gguf", "write_safetensors"]
