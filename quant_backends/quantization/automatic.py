@@ -28,7 +28,8 @@ from ..memory.plan import size_text
 from .allocation import Option, allocate
 from .layers import LayerInfo
 from .recipe import Recipe
-from .targets import AnyFormat, Target, targets
+from .target import AnyFormat, Target
+from .targets import targets
 
 # GGUF types that are worth their bytes, for rows of whole blocks of 256 and for others.
 GGUF_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
