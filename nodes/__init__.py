@@ -11,6 +11,7 @@ logger = logging.getLogger("snug")
 
 class SnugExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .calibrate import SnugCalibrate, SnugCalibrateTextEncoder, SnugLoadCalibration
         from .group_offload import SnugGroupOffload, SnugGroupOffloadCLIP
         from .layerwise_casting import SnugLayerwiseCasting, SnugLayerwiseCastingCLIP
         from .load_checkpoint import SnugLoadCheckpoint
@@ -46,6 +47,9 @@ class SnugExtension(ComfyExtension):
             SnugMemoryBudget,
             SnugModelInspector,
             SnugVRAMMonitor,
+            SnugCalibrate,
+            SnugCalibrateTextEncoder,
+            SnugLoadCalibration,
         ]
 
 

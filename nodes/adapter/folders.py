@@ -52,6 +52,8 @@ LORAS = _Library("LoRA", "loras", "snug_loras_gguf")
 CHECKPOINTS = _Library("checkpoint", "checkpoints", "snug_checkpoints_gguf")
 CONTROLNETS = _Library("ControlNet", "controlnet", "snug_controlnet_gguf")
 VAES = _Library("VAE", "vae")
+# Calibrations are Snug's own: models/snug_calibrations.
+CALIBRATIONS = "snug_calibrations"
 
 
 def register() -> None:
@@ -64,6 +66,8 @@ def register() -> None:
     for library in (DIFFUSION_MODELS, TEXT_ENCODERS, LORAS, CHECKPOINTS, CONTROLNETS):
         if library.gguf_key not in known:
             known[library.gguf_key] = (known[library.key][0], {".gguf"})
+    if CALIBRATIONS not in known:
+        known[CALIBRATIONS] = ([os.path.join(folder_paths.models_dir, CALIBRATIONS)], {".safetensors"})
 
 
 def diffusion_model_files() -> list[str]:
@@ -123,3 +127,41 @@ def text_encoder_files() -> list[str]:
 def find_text_encoder(name: str) -> str:
     """Full path of a listed file. Raises SnugError when it is gone."""
     return TEXT_ENCODERS.find(name)
+
+
+def calibration_files() -> list[str]:
+    """Names of the saved calibrations, sorted."""
+    return sorted(folder_paths.get_filename_list(CALIBRATIONS))
+
+
+def find_calibration(name: str) -> str:
+    """Full path of a listed file. Raises SnugError when it is gone."""
+    path = folder_paths.get_full_path(CALIBRATIONS, name)
+    if path is None:
+        raise SnugError(
+            f"The calibration '{name}' was not found in {folder_paths.get_folder_paths(CALIBRATIONS)[0]}; save it "
+            f"again with Calibrate (Snug), or press R in ComfyUI to refresh the list and choose another one."
+        )
+    return path
+
+
+def new_calibration_path(name: str) -> str:
+    """Where a calibration called `name` is to be saved: a number is added where the name is taken.
+
+    Makes the folder. Raises SnugError for a name that leads out of it.
+    """
+    root = folder_paths.get_folder_paths(CALIBRATIONS)[0]
+    stem = name.strip().removesuffix(".safetensors").strip()
+    wanted = os.path.abspath(os.path.join(root, stem))
+    if not os.path.basename(stem) or os.path.commonpath([wanted, os.path.abspath(root)]) != os.path.abspath(
+        root
+    ):
+        raise SnugError(
+            f"A calibration cannot be saved as '{name}': that is not a name inside {root}; write one such as "
+            f"flux-portraits or flux/portraits."
+        )
+    os.makedirs(os.path.dirname(wanted), exist_ok=True)
+    path, number = f"{wanted}.safetensors", 2
+    while os.path.exists(path):
+        path, number = f"{wanted}-{number}.safetensors", number + 1
+    return path

@@ -10,6 +10,7 @@ A calibration file is safetensors, with for each layer that ran::
     <layer>.absmax       float32 [in]  largest magnitude of a channel
     <layer>.range        float32 [2]   least and largest input of all channels
     <layer>.rows         int64 [1]     rows (tokens, pixels) that went through the layer
+    <layer>.sample       bfloat16 [n, in]  some of the rows, each as likely as any other; linear layers alone
     metadata             "snug_calibration": JSON of `Calibration.info`
 
 Layers are named as in the network, and `in` counts what the layer is given: the channels of a convolution.
@@ -32,19 +33,22 @@ from ..readers.safetensors_file import METADATA, SafetensorsFile
 
 METADATA_KEY = "snug_calibration"
 _PARTS = {"mean_square": torch.float32, "absmax": torch.float32, "range": torch.float32, "rows": torch.int64}
+_SAMPLE = "sample"
+_DTYPE_NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
     """Of the inputs of one layer. mean_square, absmax: float32 [in]; range: float32 [2]; rows: how many were seen.
 
-    All on the CPU.
+    sample: bfloat16 [n, in], rows taken at random, or None. All on the CPU.
     """
 
     mean_square: torch.Tensor
     absmax: torch.Tensor
     range: torch.Tensor
     rows: int
+    sample: torch.Tensor | None = None
 
     def joined(self, other: LayerStatistics) -> LayerStatistics:
         """As if one recording had seen the inputs of both."""
@@ -57,7 +61,15 @@ class LayerStatistics:
                 [torch.minimum(self.range[0], other.range[0]), torch.maximum(self.range[1], other.range[1])]
             ),
             rows,
+            self._joined_sample(other, share),
         )
+
+    def _joined_sample(self, other: LayerStatistics, share: float) -> torch.Tensor | None:
+        if self.sample is None or other.sample is None:
+            return self.sample if other.sample is None else other.sample
+        count = max(len(self.sample), len(other.sample))
+        own = self.sample[: round(count * share)]
+        return torch.cat([own, other.sample[: count - len(own)]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +109,17 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         tensors[f"{name}.absmax"] = found.absmax
         tensors[f"{name}.range"] = found.range
         tensors[f"{name}.rows"] = torch.tensor([found.rows])
+        if found.sample is not None:
+            tensors[f"{name}.{_SAMPLE}"] = found.sample
     header: dict[str, Any] = {METADATA: {METADATA_KEY: json.dumps(dict(calibration.info), sort_keys=True)}}
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # all aligned
         begin, end = end, end + tensor.nbytes
-        dtype = "I64" if tensor.dtype == torch.int64 else "F32"
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -111,7 +128,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in header:
                 if name != METADATA:
-                    file.write(tensors[name].contiguous().numpy().tobytes())
+                    file.write(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -132,7 +149,7 @@ def load_calibration(path: Path) -> Calibration:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key in file.tensors:
         name, _, part = key.rpartition(".")
-        if part in _PARTS:
+        if part in _PARTS or part == _SAMPLE:
             parts.setdefault(name, {})[part] = file.read(key).clone()
     layers = {name: _checked(file, name, found) for name, found in parts.items()}
     if not layers:
@@ -145,9 +162,18 @@ def _checked(file: SafetensorsFile, name: str, parts: Mapping[str, torch.Tensor]
     missing = _PARTS.keys() - parts.keys()
     if missing:
         file.fail(f"layer {name} lacks its {' and '.join(sorted(missing))}", hint)
-    channels = (parts["absmax"].numel(),)
-    shapes = {"mean_square": channels, "absmax": channels, "range": (2,), "rows": (1,)}
-    for part, dtype in _PARTS.items():
+    channels, sample = parts["absmax"].numel(), parts.get(_SAMPLE)
+    shapes: dict[str, tuple[int, ...]] = {
+        "mean_square": (channels,),
+        "absmax": (channels,),
+        "range": (2,),
+        "rows": (1,),
+    }
+    dtypes = dict(_PARTS)
+    if sample is not None:
+        shapes[_SAMPLE] = (len(sample) if sample.dim() else 1, channels)
+        dtypes[_SAMPLE] = torch.bfloat16
+    for part, dtype in dtypes.items():
         found, shape = parts[part], shapes[part]
         if found.dtype != dtype or tuple(found.shape) != shape:
             kind = f"{found.dtype} {tuple(found.shape)}"
@@ -157,4 +183,4 @@ def _checked(file: SafetensorsFile, name: str, parts: Mapping[str, torch.Tensor]
     rows = int(parts["rows"])
     if rows < 1:
         file.fail(f"layer {name} has seen {rows} rows, expected at least 1", hint)
-    return LayerStatistics(parts["mean_square"], parts["absmax"], parts["range"], rows)
+    return LayerStatistics(parts["mean_square"], parts["absmax"], parts["range"], rows, sample)

@@ -10,6 +10,8 @@ import torch
 from ..core.errors import SnugError
 from .calibration import Calibration, LayerStatistics
 
+# Rows of each linear layer's input that are kept: enough to compare ways of rounding, and 2 bytes an element.
+SAMPLE_ROWS = 32
 _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 
 
@@ -89,6 +91,11 @@ class _Sums:
         self.squares = torch.zeros(self.channels, device=device)
         self.least = torch.full((self.channels,), torch.inf, device=device)
         self.largest = torch.full((self.channels,), -torch.inf, device=device)
+        self.sample: torch.Tensor | None = None
+        if not self.spatial:
+            self.sample = torch.zeros((SAMPLE_ROWS, self.channels), dtype=torch.bfloat16, device=device)
+            # Its own: the sampler's noise must not depend on whether something is recorded.
+            self.random = torch.Generator(device).manual_seed(0)
 
     @torch.no_grad()
     def add(self, _layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,10 +110,22 @@ class _Sums:
         if others is None:
             x, others = x[None], [0]
         device = self.squares.device
+        self._keep_some(x)
         self.rows += x.numel() // self.channels
         self.squares.add_(_square_sums(x, others).to(device))
         torch.minimum(self.least, x.amin(others).float().to(device), out=self.least)
         torch.maximum(self.largest, x.amax(others).float().to(device), out=self.largest)
+
+    def _keep_some(self, x: torch.Tensor) -> None:
+        """Lets each row seen so far be in the sample with the same probability."""
+        if self.sample is None:
+            return
+        rows, device = x.reshape(-1, self.channels), self.sample.device
+        chosen = torch.randint(len(rows), (SAMPLE_ROWS,), generator=self.random, device=device)
+        replaced = torch.rand((SAMPLE_ROWS, 1), generator=self.random, device=device)
+        fresh = rows[chosen.to(x.device)].to(device, self.sample.dtype)
+        share = len(rows) / (self.rows + len(rows))
+        self.sample.copy_(torch.where(replaced < share, fresh, self.sample))
 
     def statistics(self) -> LayerStatistics:
         least, largest = self.least.cpu(), self.largest.cpu()
@@ -115,6 +134,7 @@ class _Sums:
             torch.maximum(largest, -least),
             torch.stack([least.amin(), largest.amax()]),
             self.rows,
+            None if self.sample is None else self.sample.cpu(),
         )
 
 

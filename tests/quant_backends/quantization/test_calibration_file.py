@@ -28,6 +28,7 @@ def saved(tmp_path: Path) -> Path:
             torch.rand(channels, generator=generator),
             torch.tensor([-1.5, 2.25]),
             2**40 + channels,
+            torch.randn(3, channels, generator=generator).bfloat16() if channels > 1 else None,
         )
         for name, channels in (("blocks.0.mlp.0", 7), ("head", 1))
     }
@@ -42,7 +43,10 @@ def test_keys_and_values(saved: Path) -> None:
     assert list(found.layers) == ["blocks.0.mlp.0", "head"]
     tensors = load_file(saved)
     parts = ("absmax", "mean_square", "range", "rows")
-    assert sorted(tensors) == [f"{name}.{part}" for name in found.layers for part in parts]
+    keys = [f"{name}.{part}" for name in found.layers for part in parts]
+    assert sorted(tensors) == sorted([*keys, "blocks.0.mlp.0.sample"])
+    sample = found.layers["blocks.0.mlp.0"].sample
+    assert sample is not None and torch.equal(sample, tensors["blocks.0.mlp.0.sample"])
     for name, layer in found.layers.items():
         assert torch.equal(layer.mean_square, tensors[f"{name}.mean_square"])
         assert torch.equal(layer.absmax, tensors[f"{name}.absmax"])
@@ -96,6 +100,7 @@ def described(text: str | None) -> Any:
         (damaged("head.mean_square", torch.ones(2)), "the mean_square of layer head is"),
         (damaged("head.absmax", torch.ones(1).half()), "the absmax of layer head is torch.float16"),
         (damaged("head.absmax", torch.tensor([torch.nan])), "not finite"),
+        (damaged("head.sample", torch.ones(2, 3).bfloat16()), "the sample of layer head is"),
         (damaged("head.rows", torch.tensor([0])), "has seen 0 rows"),
     ],
 )

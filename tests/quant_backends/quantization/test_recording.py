@@ -55,6 +55,11 @@ def test_statistics_are_those_of_the_inputs(dtype: torch.dtype) -> None:
         torch.testing.assert_close(layer.mean_square.double(), seen.square().mean(0), rtol=1e-5, atol=0)
         assert torch.equal(layer.absmax.double(), seen.abs().amax(0))
         assert layer.range.tolist() == [seen.min().item(), seen.max().item()]
+        for row in [] if layer.sample is None else layer.sample:
+            assert (row == seen.bfloat16()).all(1).any()
+    sample = found.layers["down"].sample
+    assert sample is not None and found.layers["conv"].sample is None
+    assert len(sample.unique(dim=0)) > 10, "of rows of all calls"
     assert found.layers["video"].mean_square.shape == (8,)
     assert found.importance["down"] is found.layers["down"].mean_square
 
@@ -87,6 +92,8 @@ def test_two_recordings_joined_are_one_recording() -> None:
         torch.testing.assert_close(other.mean_square, layer.mean_square)
         assert torch.equal(other.absmax, layer.absmax)
         assert torch.equal(other.range, layer.range)
+        assert (other.sample is None) == (layer.sample is None)
+        assert other.sample is None or other.sample.shape == (32, 16)
     network.down = torch.nn.Linear(8, 5)
     with Recorder(network) as recorder:
         network(inputs(1)[0], torch.ones(1, 8))
