@@ -13,6 +13,7 @@ import torch
 
 from .base import Format, Scratch
 from .encoding import pack_nibbles, to_integers
+from .k_encoding import encode_iq4_nl, encode_iq4_xs
 from .tables import nibble_pairs, shifts
 from .words import column_words, extract, half_floats, number
 
@@ -43,6 +44,10 @@ class IQ4_NL(Format):
         _look_up(blocks, 2, 16, _IQ4, out, scratch)
         out.mul_(half_floats(blocks[:, :2]).t())
 
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        return encode_iq4_nl(values, importance, _IQ4)
+
 
 class IQ4_XS(Format):
     """d f16 | scales_h u16 | scales_l 4 bytes | qs 128 bytes.
@@ -62,6 +67,10 @@ class IQ4_XS(Format):
         scales = (low.view(n, 8) & number(15)) + ((high & number(3)) << number(4)) - number(32)
         scale = scales * half_floats(blocks[:, :2]).t()
         out.view(n, 8, 32).mul_(scale.unsqueeze(2))
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        return encode_iq4_xs(values, importance, _IQ4)
 
 
 class MXFP4(Format):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .base import Format, Scratch
+from .k_encoding import encode_q2_k, encode_q3_k, encode_q4_k, encode_q5_k, encode_q6_k
 from .words import column_words, extract, half_floats, number, scale_codes, splat
 
 
@@ -55,6 +56,10 @@ class Q2_K(Format):
             extract(qs, 2 * k, 3, codes[:, k], scratch)
         scale_codes(codes.view(torch.uint8), (scales & number(15)) * d, out, (scales >> number(4)) * dmin)
 
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        return encode_q2_k(values, importance)
+
 
 class Q3_K(Format):
     """hmask 32 bytes | qs 64 bytes | scales 12 bytes | d f16.
@@ -91,6 +96,10 @@ class Q3_K(Format):
             torch.bitwise_or(bits[0], bits[1], out=codes[:, k])
         scale_codes(codes.view(torch.int8), scale, out)
 
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        return encode_q3_k(values, importance)
+
 
 class Q4_K(Format):
     """d f16 | dmin f16 | scales 12 bytes | qs 128 bytes.
@@ -109,6 +118,10 @@ class Q4_K(Format):
         extract(qs, 0, 15, codes[:, 0], scratch)
         extract(qs, 4, 15, codes[:, 1], scratch)
         scale_codes(codes.view(torch.uint8), scale, out, minimum)
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        return encode_q4_k(values, importance)
 
 
 class Q5_K(Format):
@@ -136,6 +149,10 @@ class Q5_K(Format):
             torch.bitwise_or(bits[0], bits[1], out=codes[:, half])
         scale_codes(codes.view(torch.uint8), scale, out, minimum)
 
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        return encode_q5_k(values, importance)
+
 
 class Q6_K(Format):
     """ql 128 bytes | qh 64 bytes | scales 16 x int8 | d f16.
@@ -161,3 +178,7 @@ class Q6_K(Format):
         extract(ql, 2, 0x3C, halves[:, 1], scratch)
         codes |= high
         scale_codes(codes.view(torch.int8), scale, out)
+
+    @classmethod
+    def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        return encode_q6_k(values, importance)

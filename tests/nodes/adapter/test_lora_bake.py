@@ -92,7 +92,7 @@ def test_baked_weights_and_the_reported_error(format: str, error: float, twins: 
     assert model.relative_error(model.run(patched, load=True), wanted) < 1e-4
 
 
-@pytest.mark.parametrize("format", ["Q4_K", "fp8-blocks"])
+@pytest.mark.parametrize("format", ["IQ3_S", "fp8-blocks"])
 def test_formats_that_are_only_read_keep_their_lora(format: str, twins: Any, model: Any) -> None:
     packed, _ = twins("sd3", format).load()
     lora = model.make_lora(packed.model, 1)

@@ -168,8 +168,8 @@ def test_unknown_format(tmp_path: Path, name: str) -> None:
 
 
 def test_format_that_needs_a_quantizer(tmp_path: Path) -> None:
-    with pytest.raises(SnugError, match="cannot quantize to Q4_K; .*or pass a quantizer"):
-        write_gguf(tmp_path / "model.gguf", wan_tensors(), "Q4_K")
+    with pytest.raises(SnugError, match="cannot quantize to IQ3_S; .*or pass a quantizer"):
+        write_gguf(tmp_path / "model.gguf", wan_tensors(), "IQ3_S")
 
 
 def test_missing_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
