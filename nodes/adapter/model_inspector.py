@@ -9,16 +9,18 @@ from typing import Any
 
 import comfy.model_management as management
 
-from ...quant_backends.core.errors import SnugError
+from ...quant_backends.core.errors import FileFormatError, SnugError
 from ...quant_backends.inspection.blocks import OTHERS, group_blocks
 from ...quant_backends.inspection.fit import Demand, Device, Fit, estimate_fit
 from ...quant_backends.inspection.header import original_tensors, read_header
 from ...quant_backends.inspection.report import report
-from ...quant_backends.inspection.stored import FileContents, StoredWeight
+from ...quant_backends.inspection.stored import SINGLE_FILE, FileContents, StoredWeight
 from ...quant_backends.inspection.summary import Summary, summarize, to_json
 from ...quant_backends.memory.plan import Block, size_text
+from ...quant_backends.readers.safetensors_file import SafetensorsFile
 from ...quant_backends.writers.architecture import detect_architecture
 from .computing import ImageSize, computing_bytes, latent_shape, sampling_estimate
+from .core_formats import is_for_core
 from .folders import (
     CHECKPOINTS,
     CONTROLNETS,
@@ -43,8 +45,6 @@ _FILES: dict[str, tuple[Callable[[], Sequence[str]], Callable[[str], str]]] = {
     "controlnet": (CONTROLNETS.files, CONTROLNETS.find),
     "vae": (VAES.files, VAES.find),
 }
-# Conventions whose files ComfyUI's own loaders take.
-_FOR_CORE = ("plain", "core")
 _LOADED = "its tensors are in the model that ComfyUI has built; choose the file to compare them"
 
 
@@ -218,7 +218,17 @@ def _loaded(contents: FileContents, reference: Reference | None) -> int:
     """Bytes of the weights in memory."""
     if reference is None:
         return sum(weight.nbytes for weight in contents.weights)
-    return loaded_bytes(contents.weights, reference.dtype, contents.convention not in _FOR_CORE)
+    return loaded_bytes(contents.weights, reference.dtype, keeps_halves=not _is_for_core(contents))
+
+
+def _is_for_core(contents: FileContents) -> bool:
+    """Whether ComfyUI's own loader takes the file; folders are Snug's in any case."""
+    if contents.container != SINGLE_FILE or contents.convention not in ("plain", "core"):
+        return False
+    try:
+        return is_for_core(SafetensorsFile(contents.path))
+    except FileFormatError:  # nobody loads it here, a newer ComfyUI would
+        return True
 
 
 def file_weight_bytes(path: str) -> int:

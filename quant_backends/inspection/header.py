@@ -29,7 +29,7 @@ from ..readers.repairs import (
 from ..readers.safetensors_file import SafetensorsFile
 from ..readers.sharded_safetensors import ShardedSafetensors
 from .scaled_keys import stored_weights
-from .stored import CHECKPOINT, DIFFUSION_MODEL, FileContents, StoredWeight
+from .stored import CHECKPOINT, DIFFUSION_MODEL, FOLDER, SINGLE_FILE, FileContents, StoredWeight
 
 # What quantized weights are in the eyes of ComfyUI's model detection, as when they are loaded.
 UNDECIDED = torch.bfloat16
@@ -45,10 +45,10 @@ def read_header(path: str | os.PathLike[str]) -> FileContents:
         read_config(folder)
         weights = weights_file(folder)
         file = ShardedSafetensors(weights) if weights.suffix == ".json" else SafetensorsFile(weights)
-        return _of_safetensors(file, "diffusers folder")
+        return _of_safetensors(file, FOLDER)
     if looks_like_gguf(path):
         return _of_gguf(GGUFFile(path))
-    return _of_safetensors(SafetensorsFile(path), "safetensors")
+    return _of_safetensors(SafetensorsFile(path), SINGLE_FILE)
 
 
 def original_tensors(contents: FileContents) -> dict[str, torch.Tensor] | None:

@@ -46,10 +46,9 @@ def plain(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> StoredWeight
 class FileContents:
     """What the header of a file says.
 
-    container: "GGUF version 3", "safetensors". kind: what sort of model it is, for people. convention: how it is
-    quantized, as `readers.conventions` calls it ("GGUF" for GGUF files). weights: of the diffusion model where there is
-    one, else of all. companions: of the text encoders, VAE and the like beside it. unnamed: bytes of tensors that
-    belong to no weight. header_bytes: None for a folder.
+    container: "GGUF version 3", SINGLE_FILE or FOLDER. kind: what sort of model it is, for people. convention: how it
+    is quantized, as `readers.conventions` calls it ("GGUF" for GGUF files). weights: of the diffusion model where there
+    is one, else of all. companions: of the text encoders, VAE and the like beside it. header_bytes: None for a folder.
     """
 
     path: str
@@ -67,5 +66,6 @@ class FileContents:
         return self.kind in (DIFFUSION_MODEL, CHECKPOINT)
 
 
-# Kinds.
+# Containers of safetensors, and kinds.
+SINGLE_FILE, FOLDER = "safetensors", "diffusers folder"
 DIFFUSION_MODEL, CHECKPOINT = "diffusion model", "checkpoint"

@@ -50,6 +50,14 @@ def test_prediction_equals_the_dense_model(files: tuple[Path, Path], model: Any)
     assert model.relative_error(model.run(quantized, load=True), wanted) < 1e-3
 
 
+def test_the_inspector_tells_what_loading_takes(files: tuple[Path, Path]) -> None:
+    from snug.nodes.adapter.loading import load_diffusion_model
+    from snug.nodes.adapter.model_inspector import file_weight_bytes
+
+    loaded = load_diffusion_model(str(files[0])).model_size()
+    assert file_weight_bytes(str(files[0])) == pytest.approx(loaded, rel=0.01)
+
+
 def test_a_format_that_no_one_here_knows(comfy: Any, tmp_path: Path) -> None:
     from snug.nodes.adapter.loading import load_diffusion_model
     from snug.quant_backends.core.errors import FileFormatError
