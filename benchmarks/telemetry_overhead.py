@@ -1,12 +1,14 @@
-"""What looking at the memory costs: prompts with nobody looking, with a client's lease and with a monitor node.
+"""What telemetry costs: the same prompts with a page that shows the memory, with that page hidden, and without it all.
 
     python benchmarks/telemetry_overhead.py --comfyui ~/ComfyUI --markdown benchmarks/results/telemetry-overhead.md \
         --json benchmarks/results/telemetry-overhead.json
 
-One real server runs prompts of a tiny model (sampling with KSampler) in which the three take turns, each time in
-another order. The figures are ratios to the prompts that nobody looked at: of the seconds of the fastest, and of the
-processor seconds of the whole server, turn by turn (median and quartiles). They say something on a machine that has
-nothing else to do, and little on a busy one. A prompt with a monitor node also makes the report and its picture.
+Two real servers run prompts of a tiny model (sampling with KSampler): one with the pack, one with a copy of it that
+does not register telemetry's routes. Four ways take turns, each time in another order: without telemetry; with the tab
+hidden, so that nobody looks; with it open, a websocket client with a lease that gets every sample; with a monitor node
+in the prompt, which also makes a report and a picture. The figures are ratios to the prompts without telemetry, turn by
+turn (median and quartiles), of the seconds of a prompt and of the processor seconds of the whole server meanwhile. They
+say something on a machine that has nothing else to do, and little on a busy one.
 
 The last table goes by processor time of the very calls, which others hardly change: a sample, of which five are taken
 in a second, the start and end of a node, and the report with its picture.
@@ -15,14 +17,19 @@ in a second, the start and end of a node, and the report with its picture.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import random
+import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
 
+import aiohttp
 import psutil
 from report import add_output_arguments, command_line, environment, heading, save, table
 
@@ -36,10 +43,48 @@ register_snug()
 
 from workflows import Workflow, build_workflow  # noqa: E402
 
-NOBODY, LEASE, MONITOR = "nobody looks", "a client's lease", "a monitor node"
+EVENT = "snug.telemetry"
+
+WITHOUT, HIDDEN, OPEN, MONITOR = "no telemetry", "the tab hidden", "the tab open", "a monitor node"
+WAYS = (WITHOUT, HIDDEN, OPEN, MONITOR)
 FAMILY, FILE = "sd3", "model.safetensors"
-LEASE_SECONDS = 60
-CLIENT = "benchmark"
+LEASE, LEASE_SECONDS, CLIENT = "/snug/telemetry/lease", 60, "benchmark"
+REGISTRATION = "        register_routes()\n"
+
+Measured = tuple[float, float]
+
+
+def copy_without_telemetry(folder: Path) -> Path:
+    """The pack as it would be without telemetry's routes; returns its folder."""
+    pack = folder / "ComfyUI-Snug"
+    pack.mkdir()
+    for name in ("__init__.py", "nodes", "quant_backends", "web", "locales", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, pack / name)
+    start = pack / "nodes" / "__init__.py"
+    text = start.read_text(encoding="utf-8")
+    if REGISTRATION not in text:
+        raise SystemExit(f"{start.name} does not register routes as this benchmark expects.")
+    start.write_text(text.replace(REGISTRATION, ""), encoding="utf-8")
+    return pack
+
+
+class Tab:
+    """A client on a websocket that reads all that it is sent, as the page does. samples: how many that were."""
+
+    def __init__(self, server: ComfyServer) -> None:
+        self.samples = 0
+        self._url = f"{server.url}/ws?clientId={CLIENT}"
+        self._is_connected = threading.Event()
+        threading.Thread(target=lambda: asyncio.run(self._read()), daemon=True).start()
+        if not self._is_connected.wait(30):
+            raise SystemExit("The server accepts no websocket.")
+
+    async def _read(self) -> None:
+        async with aiohttp.ClientSession() as session, session.ws_connect(self._url) as socket:
+            self._is_connected.set()
+            async for message in socket:
+                self.samples += message.type is aiohttp.WSMsgType.TEXT and EVENT in message.data
 
 
 def workflow(steps: int, seed: int, monitored: bool) -> Workflow:
@@ -50,12 +95,14 @@ def workflow(steps: int, seed: int, monitored: bool) -> Workflow:
     return made
 
 
-def measure(server: ComfyServer, way: str, steps: int, seed: int) -> tuple[float, float]:
+def measure(server: ComfyServer, way: str, steps: int, seed: int) -> Measured:
     """(seconds of the prompt, processor seconds of the server meanwhile)"""
-    seconds = LEASE_SECONDS if way == LEASE else 0
-    server.json("/snug/telemetry/lease", {"client_id": CLIENT, "seconds": seconds})
-    while server.json("/snug/telemetry/snapshot")["is_sampling"] is not (way == LEASE):
-        time.sleep(0.05)
+    if way != WITHOUT:
+        is_open = way == OPEN
+        seconds = LEASE_SECONDS if is_open else 0
+        server.json(LEASE, {"client_id": CLIENT, "seconds": seconds, "push": is_open})
+        while server.json("/snug/telemetry/snapshot")["is_sampling"] is not is_open:
+            time.sleep(0.05)
     process = psutil.Process(server.pid)
     before = process.cpu_times()
     entry = server.wait(server.queue(workflow(steps, seed, way == MONITOR)))
@@ -63,26 +110,20 @@ def measure(server: ComfyServer, way: str, steps: int, seed: int) -> tuple[float
     return execution_seconds(entry), after.user + after.system - before.user - before.system
 
 
-def compare(server: ComfyServer, turns: int, steps: int) -> dict[str, list[tuple[float, float]]]:
-    ways = [NOBODY, LEASE, MONITOR]
-    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    measure(server, MONITOR, steps, 0)  # warms up
+def compare(servers: dict[str, ComfyServer], turns: int, steps: int) -> dict[str, list[Measured]]:
+    found: dict[str, list[Measured]] = {way: [] for way in WAYS}
+    for way in WAYS:
+        measure(servers[way], way, steps, 0)  # warms up
     for turn in range(1, turns + 1):
-        for way in random.Random(turn).sample(ways, len(ways)):
-            found[way].append(measure(server, way, steps, turn * len(ways) + ways.index(way)))
-        print(f"turn {turn}:", *(f"{way} {found[way][-1][0]:.2f} s" for way in ways), sep="  ")
+        for way in random.Random(turn).sample(WAYS, len(WAYS)):
+            found[way].append(measure(servers[way], way, steps, turn))
+        print(f"turn {turn}:", *(f"{way} {found[way][-1][0]:.2f} s" for way in WAYS), sep="  ")
     return found
 
 
-def fastest(found: dict[str, list[tuple[float, float]]], way: str) -> float:
-    return min(seconds for seconds, _ in found[way])
-
-
-def processor_ratios(found: dict[str, list[tuple[float, float]]], way: str) -> list[float]:
-    return [seen / unseen for (_, seen), (_, unseen) in zip(found[way], found[NOBODY], strict=True)]
-
-
-def with_quartiles(values: list[float]) -> str:
+def ratios(found: dict[str, list[Measured]], way: str, which: int) -> str:
+    """Of seconds (0) or processor seconds (1) to those without telemetry, turn by turn: median and quartiles."""
+    values = [one[which] / other[which] for one, other in zip(found[way], found[WITHOUT], strict=True)]
     low, _, high = quantiles(values, n=4)
     return f"{median(values):.3f} ({low:.3f} to {high:.3f})"
 
@@ -128,30 +169,36 @@ def main() -> None:
     options = parser.parse_args()
     command = command_line(comfyui="ComfyUI")  # importing ComfyUI changes the arguments
     use_comfyui(options.comfyui)
-    with tempfile.TemporaryDirectory() as folder:
-        models = Path(folder) / "models" / "diffusion_models"
-        models.mkdir(parents=True)
-        make_tiny_model(FAMILY, models / FILE)
-        tests = ROOT / "tests" / "comfy" / "custom_nodes" / "snug_test_nodes"
-        packs = {"ComfyUI-Snug": ROOT, tests.name: tests}
-        with ComfyServer(Path(sys.executable), options.comfyui, Path(folder), packs) as server:
-            found = compare(server, options.turns, options.steps)
+    tests = ROOT / "tests" / "comfy" / "custom_nodes" / "snug_test_nodes"
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        root = Path(folder)
+        make_tiny_model(FAMILY, root / FILE)
+        servers: list[ComfyServer] = []
+        for pack in (ROOT, copy_without_telemetry(root)):
+            base = root / f"server {len(servers)}"
+            models = base / "models" / "diffusion_models"
+            models.mkdir(parents=True)
+            shutil.copy(root / FILE, models)
+            packs = {"ComfyUI-Snug": pack, tests.name: tests}
+            server = ComfyServer(Path(sys.executable), options.comfyui, base, packs)
+            servers.append(stack.enter_context(server))
+        tab = Tab(servers[0])
+        found = compare({way: servers[way == WITHOUT] for way in WAYS}, options.turns, options.steps)
+    if not tab.samples:
+        raise SystemExit("The open tab got no samples: its figures say nothing.")
     alone = parts(100)
     from snug.nodes.telemetry.service import RUNNING
 
     rows = [
-        [
-            way,
-            f"{fastest(found, way):.2f}",
-            f"{fastest(found, way) / fastest(found, NOBODY):.3f}",
-            with_quartiles(processor_ratios(found, way)),
-        ]
-        for way in found
+        [way, f"{median(s for s, _ in found[way]):.2f}", ratios(found, way, 0), ratios(found, way, 1)]
+        for way in WAYS
     ]
     load = [f"{value:.1f}" for value in psutil.getloadavg()[:2]]
     facts = {**environment(), "load": f"{load[0]} in the last minute, {load[1]} in the last five"}
     text = heading("Overhead of telemetry", command, facts)
-    text += "\n" + table(["prompts with", "fastest, seconds", "ratio", "processor seconds, ratio"], rows)
+    text += "\n" + table(
+        ["prompts with", "seconds, median", "seconds, ratio", "processor seconds, ratio"], rows
+    )
     share = alone["a sample"] / RUNNING
     text += "\n\n" + table(
         ["part", "processor ms"], [[name, f"{seconds * 1e3:.3f}"] for name, seconds in alone.items()]
