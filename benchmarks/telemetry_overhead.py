@@ -113,10 +113,12 @@ def measure(server: ComfyServer, way: str, steps: int, seed: int) -> Measured:
 def compare(servers: dict[str, ComfyServer], turns: int, steps: int) -> dict[str, list[Measured]]:
     found: dict[str, list[Measured]] = {way: [] for way in WAYS}
     for way in WAYS:
-        measure(servers[way], way, steps, 0)  # warms up
+        measure(servers[way], way, steps, WAYS.index(way))  # warms up
     for turn in range(1, turns + 1):
         for way in random.Random(turn).sample(WAYS, len(WAYS)):
-            found[way].append(measure(servers[way], way, steps, turn))
+            # Another seed each time, or ComfyUI would have the result already.
+            seed = turn * len(WAYS) + WAYS.index(way)
+            found[way].append(measure(servers[way], way, steps, seed))
         print(f"turn {turn}:", *(f"{way} {found[way][-1][0]:.2f} s" for way in WAYS), sep="  ")
     return found
 

@@ -36,6 +36,34 @@ def test_a_known_amount_is_reported_within_a_percent() -> None:
     assert counters.read()[device].peak == after.current  # was set back
 
 
+def test_a_node_is_reported_within_a_percent() -> None:
+    """Started and finished as ComfyUI's progress handler does it."""
+    from snug.nodes.telemetry.counters import Counters, main_device
+    from snug.nodes.telemetry.record import PromptRecord
+
+    counters, device = Counters(), main_device()
+    record = PromptRecord("prompt", device, 0.0)
+    record.open("1", "Take #1", 1.0, counters.read())
+    values = torch.ones(EXPECTED, dtype=torch.uint8, device=device)
+    kept = values[: EXPECTED // 2].clone()
+    del values
+    record.close("1", 2.0, counters.read())
+    (node,) = record.nodes()
+    assert node.added(device) == pytest.approx(EXPECTED + kept.nbytes, rel=0.01)
+    assert node.kept(device) == pytest.approx(kept.nbytes, rel=0.01)
+
+
+def test_running_out_of_memory_is_counted() -> None:
+    from snug.nodes.telemetry.counters import Counters, main_device
+
+    counters, device = Counters(), main_device()
+    before = counters.read()[device]
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(1 << 50, dtype=torch.uint8, device=device)
+    after = counters.read()[device]
+    assert after.ooms == before.ooms + 1 and after.retries >= before.retries
+
+
 def test_parts_of_the_device() -> None:
     from snug.nodes.telemetry.devices import read_devices
 

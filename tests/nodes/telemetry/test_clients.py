@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
+from aiohttp import web
 
 CLIENTS, TICKS, ROUND, AT_ONCE = 5, 1000, 50, 10
 TIMEOUT = 60
@@ -42,9 +43,9 @@ class Server:
         self.sender = Sender(self.server, self.telemetry.leases)
         self._pushed_data = pushed_data
         self._publishing = self.loop.create_task(self.server.publish_loop())
-        self._runner = aiohttp.web.AppRunner(self.server.app)
+        self._runner = web.AppRunner(self.server.app)
         await self._runner.setup()
-        site = aiohttp.web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
         await site.start()
         return self._runner.addresses[0][1]
 
