@@ -72,7 +72,6 @@ class SnugVRAMMonitor(io.ComfyNode):
     def execute(
         cls, value: Any, reset_peak: bool, free_memory: bool, save_as: str, filename_prefix: str
     ) -> io.NodeOutput:
-        report, timeline = look(
-            cls.hidden.unique_id, Settings(reset_peak, free_memory, save_as, filename_prefix)
-        )
-        return io.NodeOutput(value, report, timeline, ui={"text": (report,)})
+        view = look(cls.hidden.unique_id, Settings(reset_peak, free_memory, save_as, filename_prefix))
+        ui = {"text": (view.report,), "snug_memory": (view.peak,)}
+        return io.NodeOutput(value, view.report, view.picture, ui=ui)

@@ -27,6 +27,8 @@ declare namespace Snug {
     devices: Device[];
     models: Model[];
     running: string | null;
+    /** Since the sample before; only in samples that are pushed. */
+    events?: Event[];
   }
 
   interface Node {
@@ -60,6 +62,7 @@ declare namespace Snug {
   }
 
   interface Event {
+    number: number;
     time: number;
     kind: "load" | "unload" | "oom" | "retry";
     model?: string | null;
@@ -98,8 +101,7 @@ declare namespace Snug {
   interface MonitorPeak {
     device: string;
     peak_bytes: number;
-    total_bytes: number;
-    node: string | null;
+    node: string;
   }
 
   /** off: nobody looks. waiting: the server is away. unavailable: it has no telemetry. */

@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management as management
 import folder_paths
@@ -44,8 +45,18 @@ def begin() -> None:
         logger.warning("The memory of this prompt is not recorded.", exc_info=True)
 
 
-def look(node_id: str, settings: Settings) -> tuple[str, torch.Tensor]:
-    """(report, picture [1, height, width, 3] from 0 to 1) of the prompt that this thread runs, until now.
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the node shows. picture: [1, height, width, 3] from 0 to 1. peak: for the page; device, peak_bytes, and the
+    title of the node, of the highest peak; None when no node ran."""
+
+    report: str
+    picture: torch.Tensor
+    peak: dict[str, Any] | None = None
+
+
+def look(node_id: str, settings: Settings) -> View:
+    """The prompt that this thread runs, until now.
 
     Raises SnugError when the report cannot be written. Anything else that goes wrong is in the report.
     """
@@ -59,7 +70,7 @@ def look(node_id: str, settings: Settings) -> tuple[str, torch.Tensor]:
         raise
     except Exception as error:
         logger.warning("The memory of this prompt cannot be shown.", exc_info=True)
-        return f"The memory of this prompt cannot be shown: {error}", torch.zeros(1, HEIGHT, WIDTH, 3)
+        return View(f"The memory of this prompt cannot be shown: {error}", torch.zeros(1, HEIGHT, WIDTH, 3))
 
 
 def _sample() -> Sample | None:
@@ -70,7 +81,7 @@ def _sample() -> Sample | None:
         return None
 
 
-def _look(node_id: str, settings: Settings, before: Sample | None) -> tuple[str, torch.Tensor]:
+def _look(node_id: str, settings: Settings, before: Sample | None) -> View:
     service = telemetry()
     record = service.monitor()  # ComfyUI without a cache of results does not call `begin`
     record.leave_out(node_id)
@@ -80,9 +91,17 @@ def _look(node_id: str, settings: Settings, before: Sample | None) -> tuple[str,
     if settings.save_as != NOTHING:
         report += f"\n\nSaved as {_save(settings, record, sample)}"
     picture = np.asarray(draw_timeline(record, time.time()), dtype=np.float32) / 255
+    peak = _peak(record)
     if settings.reset_peak:
         record.start_window(time.time())
-    return report, torch.from_numpy(picture)[None]
+    return View(report, torch.from_numpy(picture)[None], peak)
+
+
+def _peak(record: PromptRecord) -> dict[str, Any] | None:
+    node = record.highest()
+    if node is None:
+        return None
+    return {"device": record.device, "peak_bytes": node.peak.get(record.device, 0), "node": node.title}
 
 
 def _freed(before: Sample, after: Sample) -> str:

@@ -2,7 +2,8 @@
 
 POST /snug/telemetry/lease        {"client_id": text, "seconds": 0 to 60, "push": true or false}
 GET  /snug/telemetry/snapshot     a sample of now
-GET  /snug/telemetry/history      ?since=number: samples and events after it, the counters, and the prompts
+GET  /snug/telemetry/history      ?since=number: samples and events after it, the counters, and the prompts;
+                                  &ended_after=seconds since the epoch: only prompts that ended later
 GET  /snug/telemetry/diagnostics  versions, devices, backends, start options, the last minute
 POST /snug/telemetry/export       {"format": "csv" or "json", "prompt_id": text}: writes a file, {"path"}
 
@@ -12,11 +13,12 @@ Samples and events share their numbers.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from aiohttp import web
 
-from . import inspection_routes
+from . import inspection_routes, page_files
 from .diagnostics import diagnostics
 from .monitor import save
 from .process import prompt_server, telemetry
@@ -42,6 +44,7 @@ def register_routes() -> None:
     routes.get("/snug/telemetry/diagnostics")(answering(show_diagnostics))
     routes.post("/snug/telemetry/export")(answering(export))
     inspection_routes.register(routes)
+    page_files.register(server.app)
     server.add_on_prompt_handler(_prompt_queued)
 
 
@@ -78,10 +81,13 @@ async def history(request: web.Request) -> dict[str, Any]:
     since = request.query.get("since", "0")
     if not (since.isascii() and since.isdigit() and len(since) <= 18):
         raise Refusal(f"since is {since[:40]!r}; it must be a number of a sample.")
-    return await elsewhere(_history, int(since))
+    ended_after = request.query.get("ended_after", "0")
+    if not re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", ended_after):
+        raise Refusal(f"ended_after is {ended_after[:40]!r}; it must be a time in seconds since the epoch.")
+    return await elsewhere(_history, int(since), float(ended_after))
 
 
-def _history(since: int) -> dict[str, Any]:
+def _history(since: int, ended_after: float) -> dict[str, Any]:
     known = telemetry()
     running = known.running_record()
     return {
@@ -92,7 +98,9 @@ def _history(since: int) -> dict[str, Any]:
             {"number": number, **event_data(event)} for number, event in known.events.ring.since(since)
         ],
         "counters": known.events.counters(),
-        "prompts": [record_data(record) for record in list(known.prompts)],
+        "prompts": [
+            record_data(record) for record in list(known.prompts) if (record.ended or 0) > ended_after
+        ],
         "running": None if running is None else record_data(running),
     }
 

@@ -214,3 +214,15 @@ def test_a_body_that_comes_in_pieces(comfy_server: ComfyServer) -> None:
         connection.sendall(body[9:])
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.usefixtures("looking")
+def test_prompts_that_are_known_are_left_out(comfy_server: ComfyServer) -> None:
+    comfy_server.run({"take": allocation(1), "show": show("take")})
+    wait_until(lambda: comfy_server.json(HISTORY)["running"] is None)
+    ends = [prompt["ended"] for prompt in comfy_server.json(HISTORY)["prompts"]]
+    later = comfy_server.json(f"{HISTORY}?since=0&ended_after={ends[-2] if len(ends) > 1 else 0}")
+    assert [prompt["ended"] for prompt in later["prompts"]] == ends[-1:]
+    assert comfy_server.json(f"{HISTORY}?ended_after={ends[-1]}")["prompts"] == []
+    for wrong in ("-1", "x", "1" * 20, "1.", "nan"):
+        assert "ended_after is" in refused(comfy_server, f"{HISTORY}?ended_after={wrong}")

@@ -63,6 +63,13 @@ def test_a_known_amount_is_reported_within_a_percent(comfy_server: ComfyServer) 
     wait_until(lambda: not is_sampling(comfy_server))
 
 
+def test_the_monitor_tells_the_page_its_peak(comfy_server: ComfyServer) -> None:
+    outputs = comfy_server.run({"take": allocation(), "monitor": monitor("take")})
+    (peak,) = outputs["monitor"]["snug_memory"]
+    (node,) = saved(comfy_server, outputs)["nodes"]
+    assert peak == {"device": "cpu", "peak_bytes": node["peak"]["cpu"], "node": node["title"]}
+
+
 def test_between_two_monitors(comfy_server: ComfyServer) -> None:
     """The first one resets: the second sees the node between them alone. The first sees none of what comes later."""
     workflow = {

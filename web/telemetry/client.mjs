@@ -8,8 +8,9 @@
 export const EVENT = "snug.telemetry";
 const LEASE_SECONDS = 15;
 const RENEW_MS = 5000;
-/** While a prompt runs, how often its nodes are asked for. */
-const HISTORY_MS = 1000;
+/** While a prompt runs, how often its nodes are asked for at least, and how long after one began. */
+const HISTORY_MS = 3000;
+const NODE_MS = 1000;
 /** A prompt has just begun or ended: the server's record is complete a little later. */
 const SOON_MS = 300;
 const FIRST_RETRY_MS = 1000;
@@ -28,9 +29,13 @@ export class TelemetryClient {
   #isLeased = false;
   #failures = 0;
   #lastNumber = 0;
+  /** When the last prompt ended that the server told of, and the node of the last sample. */
+  #lastEnd = 0;
+  /** @type {string | null} */ #lastNode = null;
   #isAsking = false;
   /** @type {any} */ #leaseTimer;
   /** @type {any} */ #historyTimer;
+  #historyDelay = 0;
 
   /** @param {Comfy.Api} api @param {Dispatch} dispatch @param {Timers} [timers] */
   constructor(api, dispatch, timers = globalThis) {
@@ -78,7 +83,6 @@ export class TelemetryClient {
     this.#isOpen = true;
     this.#generation += 1;
     this.#failures = 0;
-    this.#lastNumber = 0;
     // Listeners first: ComfyUI's page takes a message that nobody listens to for an error.
     this.api.addEventListener(EVENT, this.#onSample);
     this.api.addEventListener("reconnecting", this.#onReconnecting);
@@ -132,7 +136,7 @@ export class TelemetryClient {
     this.#failures = 0;
     this.#leaseTimer = this.timers.setTimeout(() => this.#lease(), RENEW_MS);
     if (isFirst) {
-      this.#lastNumber = 0;
+      this.#forget();
       this.dispatch({ type: "connection", connection: "live" });
       this.#askHistory(0);
     }
@@ -154,9 +158,16 @@ export class TelemetryClient {
     this.#leaseTimer = this.timers.setTimeout(() => this.#lease(), wait);
   }
 
-  /** @param {number} ms from now */
+  #forget() {
+    this.#lastNumber = this.#lastEnd = 0;
+    this.#lastNode = null;
+  }
+
+  /** At the earliest of the times that it was called for. @param {number} ms from now */
   #askHistory(ms) {
+    if (this.#historyTimer !== undefined && this.#historyDelay <= ms) return;
     this.timers.clearTimeout(this.#historyTimer);
+    this.#historyDelay = ms;
     this.#historyTimer = this.timers.setTimeout(() => this.#history(), ms);
   }
 
@@ -168,10 +179,10 @@ export class TelemetryClient {
     this.#isAsking = true;
     let history;
     try {
-      history = await this.get(`/snug/telemetry/history?since=${since}`);
+      history = await this.get(`/snug/telemetry/history?since=${since}&ended_after=${this.#lastEnd}`);
     } catch {
       // The lease finds out what is wrong, and asks again when all is well.
-      if (generation === this.#generation && this.#historyTimer === undefined) this.#askHistory(RENEW_MS);
+      if (generation === this.#generation) this.#askHistory(RENEW_MS);
       return;
     } finally {
       this.#isAsking = false;
@@ -180,10 +191,15 @@ export class TelemetryClient {
       if (this.#isOpen) this.#askHistory(0);
       return;
     }
-    const numbers = history.samples.map((/** @type {Snug.Sample} */ sample) => sample.number);
-    this.#lastNumber = Math.max(this.#lastNumber, ...numbers);
+    this.#note(history);
     this.dispatch({ type: "history", history, isWhole: since === 0 });
-    if (history.running && this.#historyTimer === undefined) this.#askHistory(HISTORY_MS);
+    if (history.running) this.#askHistory(HISTORY_MS);
+  }
+
+  /** @param {Snug.History} history */
+  #note(history) {
+    for (const { number } of history.samples) this.#lastNumber = Math.max(this.#lastNumber, number);
+    for (const { ended } of history.prompts) this.#lastEnd = Math.max(this.#lastEnd, ended ?? 0);
   }
 
   /** @param {CustomEvent<Snug.Sample>} event */
@@ -191,13 +207,14 @@ export class TelemetryClient {
     const sample = event.detail;
     if (!this.#isLeased) return;
     if (sample.number < this.#lastNumber) {
-      this.#lastNumber = 0; // it counts anew: another server
+      this.#forget(); // it counts anew: another server
       this.#askHistory(0);
       return;
     }
     this.#lastNumber = sample.number;
     this.dispatch({ type: "sample", sample });
-    if (sample.running && this.#historyTimer === undefined && !this.#isAsking) this.#askHistory(HISTORY_MS);
+    if (sample.running !== this.#lastNode) this.#askHistory(NODE_MS);
+    this.#lastNode = sample.running;
   };
 
   /** The queue has changed: a prompt began or ended. */

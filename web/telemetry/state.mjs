@@ -33,7 +33,7 @@ export function reduce(state, action) {
     case "connection":
       return { ...state, connection: action.connection, problem: action.problem ?? "" };
     case "sample":
-      return { ...state, samples: merged(state.samples, [action.sample]) };
+      return withSample(state, action.sample);
     case "history":
       return withHistory(action.isWhole ? forgotten(state) : state, action.history);
   }
@@ -42,6 +42,28 @@ export function reduce(state, action) {
 /** The server may be another one now, that counts anew. @param {Snug.State} state @returns {Snug.State} */
 function forgotten(state) {
   return { ...emptyState(), connection: state.connection, problem: state.problem };
+}
+
+/**
+ * The running prompt's timeline goes on with the samples, until the server's own comes.
+ * @param {Snug.State} state @param {Snug.Sample} sample @returns {Snug.State}
+ */
+function withSample(state, sample) {
+  const { running } = state;
+  const device = running && sample.running && sample.devices.find(({ name }) => name === running.device);
+  const last = running?.timeline[running.timeline.length - 1];
+  const isNext = device && (!last || sample.time > last.time);
+  return {
+    ...state,
+    samples: merged(state.samples, [sample]),
+    events: mergedEvents(state.events, sample.events ?? []),
+    running: isNext ? { ...running, timeline: [...running.timeline, pointOf(sample.time, device)] } : running,
+  };
+}
+
+/** @param {number} time @param {Snug.Device} device @returns {Snug.Point} */
+function pointOf(time, { weights, activations, pages, cache }) {
+  return { time, weights, activations, pages, cache };
 }
 
 /** @param {Snug.State} state @param {Snug.History} history @returns {Snug.State} */
@@ -76,8 +98,8 @@ function mergedPrompts(known, more) {
 /** @param {Snug.Event[]} known @param {Snug.Event[]} more */
 function mergedEvents(known, more) {
   if (!more.length) return known;
-  const all = new Map([...known, ...more].map((event) => [JSON.stringify(event), event]));
-  return [...all.values()].sort((one, other) => one.time - other.time).slice(-MOST_EVENTS);
+  const all = new Map([...known, ...more].map((event) => [event.number, event]));
+  return [...all.values()].sort((one, other) => one.number - other.number).slice(-MOST_EVENTS);
 }
 
 /** @param {Snug.State} state @returns {Snug.Sample | undefined} */
@@ -107,13 +129,7 @@ export function recentPoints(state, duration) {
   const end = latest(state)?.time ?? 0;
   return state.samples
     .filter((sample) => sample.time >= end - duration && sample.devices.length > 0)
-    .map(({ time, devices: [{ weights, activations, pages, cache }] }) => ({
-      time,
-      weights,
-      activations,
-      pages,
-      cache,
-    }));
+    .map(({ time, devices }) => pointOf(time, devices[0]));
 }
 
 /** What happened since the state was first filled. @param {Snug.State} state @returns {Record<string, Snug.Counts>} */

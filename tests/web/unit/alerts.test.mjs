@@ -25,8 +25,8 @@ test("all is well, and nothing is known", () => {
 });
 
 test("memory ran out: the node is named and can be shown", () => {
-  const event = { time: 1000, kind: /** @type {const} */ ("oom"), device: "cuda:0", node: "KSampler #1:7" };
-  const [alert, ...others] = alertsOf(stateOf({ events: [{ ...event, time: 999, node: null }, event] }));
+  const event = { number: 2, time: 1000, kind: /** @type {const} */ ("oom"), device: "cuda:0", node: "KSampler #1:7" };
+  const [alert, ...others] = alertsOf(stateOf({ events: [{ ...event, number: 1, time: 999, node: null }, event] }));
   assert.deepEqual(others, []);
   assert.equal(alert.severity, "error");
   assert.match(alert.text, /on cuda:0 in KSampler #1:7/);
@@ -59,7 +59,7 @@ test("retries are told from the first reading on", () => {
 
 test("errors come first, and not too many at once", () => {
   const devices = Array.from({ length: 6 }, (_, at) => device({ ...FULL, name: `cuda:${at}` }));
-  const events = [{ time: 1000, kind: /** @type {const} */ ("oom"), device: "cuda:5", node: null }];
+  const events = [{ number: 1, time: 1000, kind: /** @type {const} */ ("oom"), device: "cuda:5", node: null }];
   const alerts = alertsOf(stateOf({ samples: [sample(1, { devices })], events }));
   assert.deepEqual(alerts.map(({ severity }) => severity), ["error", "warning", "warning", "warning"]);
 });

@@ -88,6 +88,9 @@ function setUp() {
   return { api, clock, store, client: new TelemetryClient(api, store.dispatch, clock) };
 }
 
+/** @param {number} since @param {number} [end] */
+const asked = (since, end = 0) => `/snug/telemetry/history?since=${since}&ended_after=${end}`;
+
 const LEASE = { client_id: "me", seconds: 15, push: true };
 
 test("nothing happens before somebody looks, nor after the last one does", async () => {
@@ -120,7 +123,7 @@ test("the listener is there before the lease, which is renewed in time", async (
   const leases = api.take("/lease");
   assert.equal(leases.length, 7);
   assert.deepEqual(leases[0], LEASE);
-  assert.deepEqual(api.take("/history"), ["/snug/telemetry/history?since=0"]);
+  assert.deepEqual(api.take("/history"), [asked(0)]);
 });
 
 test("closing and opening again while a request is under way leaves one lease and one set of timers", async () => {
@@ -144,20 +147,28 @@ test("a lease that is granted after closing is given back", async () => {
   assert.deepEqual(api.take("/lease").map(({ seconds }) => seconds), [15, 0]);
 });
 
-test("while a prompt runs its nodes are asked for every second", async () => {
+test("while a prompt runs its nodes are asked for, soon after one began and every few seconds", async () => {
   const { api, clock, client, store } = setUp();
   client.watch();
   await clock.pass(1);
   api.take("/history");
   api.history = history({ running: prompt("p", { ended: null }), samples: [sample(6)] });
   api.send(EVENT, sample(5, { running: "KSampler #1" }));
-  await clock.pass(3.5);
-  assert.deepEqual(api.take("/history"), [5, 6, 6].map((number) => `/snug/telemetry/history?since=${number}`));
+  await clock.pass(0.9);
+  assert.deepEqual(api.take("/history"), []);
+  await clock.pass(0.2);
+  assert.deepEqual(api.take("/history"), [asked(5)]);
+  for (let number = 7; number < 12; number++) api.send(EVENT, sample(number, { running: "VAE Decode #2" }));
+  await clock.pass(4.5);
+  assert.deepEqual(api.take("/history"), [asked(11), asked(11)]);
   assert.equal(store.state.running?.prompt_id, "p");
-  api.history = history({ prompts: [prompt("p")] });
+  api.history = history({ prompts: [prompt("p", { ended: 1010.5 })] });
   await clock.pass(10);
   assert.equal(api.take("/history").length, 1);
   assert.equal(store.state.running, null);
+  client.refresh();
+  await clock.pass(1);
+  assert.deepEqual(api.take("/history"), [asked(11, 1010.5)]);
 });
 
 test("a change of the queue is looked at once", async () => {

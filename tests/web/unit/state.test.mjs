@@ -45,6 +45,14 @@ test("a prompt that runs becomes one that has ended", () => {
   assert.deepEqual(promptsOf(state).map((entry) => entry.prompt_id), ["a", "before"]);
 });
 
+test("the running prompt's timeline goes on with the samples that are pushed", () => {
+  const running = prompt("a", { ended: null, timeline: [{ time: 1002, weights: 1, activations: 1, pages: 0, cache: 0 }] });
+  const states = [read(history({ running })), pushed(sample(2, { running: "x" })), pushed(sample(3, { running: "x" }))];
+  const state = after(...states, pushed(sample(4)));
+  assert.deepEqual(state.running?.timeline.map(({ time }) => time), [1002, 1003]);
+  assert.equal(state.running?.timeline[1].weights, device().weights);
+});
+
 test("the choice falls back to the newest prompt", () => {
   const state = after(read(history({ prompts: [prompt("a", { started: 1 }), prompt("b", { started: 2 })] })));
   assert.equal(chosenPrompt(state, "a")?.prompt_id, "a");
@@ -60,10 +68,12 @@ test("without a prompt the last samples are shown", () => {
 });
 
 test("events are there once, and counters tell what is new", () => {
-  const load = { time: 5, kind: /** @type {const} */ ("load"), model: "SD3", device: "cuda:0", bytes: 7, node: null };
+  const load = { number: 1, time: 5, kind: /** @type {const} */ ("load"), model: "SD3", device: "cuda:0", bytes: 7, node: null };
   const first = after(read(history({ events: [load], counters: { "cuda:0": { retries: 2, ooms: 1 } } }), true));
   const state = reduce(first, read(history({ events: [load], counters: { "cuda:0": { retries: 5, ooms: 1 } } })));
   assert.equal(state.events.length, 1);
+  const more = reduce(state, pushed(sample(3, { events: [{ ...load, number: 2 }] })));
+  assert.deepEqual(more.events.map(({ number }) => number), [1, 2]);
   assert.deepEqual(newCounts(state), { "cuda:0": { retries: 3, ooms: 0 } });
 });
 
