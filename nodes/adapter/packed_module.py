@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -166,7 +167,10 @@ class PackedWeightModule(torch.nn.Module):
             return super()._apply(fn, recurse)
         self._parameters["weight"] = None
         super()._apply(fn, recurse)
-        self.weight = torch.nn.Parameter(fn(weight), requires_grad=False)
+        # ComfyUI loads and runs models in inference mode but unloads them outside of it, when somebody asks for that.
+        # A weight that began inside must be moved inside: torch refuses to use any other one there.
+        with torch.inference_mode() if weight.is_inference() else contextlib.nullcontext():
+            self.weight = torch.nn.Parameter(fn(weight), requires_grad=False)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeightModule:

@@ -38,6 +38,21 @@ def test_compute_dtype(kind: str, name: str, dtype: torch.dtype, twins: Any, mod
         assert {module.weight.dtype for _, module in model.packed_modules(patcher.model)} == {dtype}
 
 
+@pytest.mark.parametrize("family,format", [("sd3", "Q4_0"), ("sd15", "Q8_0"), ("sd3", "nf4")])
+def test_unloading_as_comfyui_does_on_request(family: str, format: str, twins: Any, model: Any) -> None:
+    """It loads and runs models in inference mode, but its button "Unload Models" unloads them outside of it."""
+    import comfy.model_management
+
+    with torch.inference_mode():
+        patcher = load(twins(family, format).gguf)
+        first = model.run(patcher, load=True)
+    comfy.model_management.unload_all_models()
+    with torch.inference_mode():
+        assert torch.equal(model.run(patcher, load=True), first)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(model.run(patcher, load=True), first)
+
+
 def test_core_loads_dense_safetensors(twins: Any, model: Any) -> None:
     patcher = load(twins("sd3", "Q4_0").dense)
     assert list(model.packed_modules(patcher.model)) == []
