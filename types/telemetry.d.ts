@@ -97,6 +97,21 @@ declare namespace Snug {
     offloaded_bytes: number;
   }
 
+  /** Of a model file, from its header. */
+  interface Inspection {
+    text: string;
+    architecture: string | null;
+    parameters: number;
+    bytes: number;
+    formats: { format: string; tensors: number; nbytes: number; bits_per_weight: number }[];
+    groups: { name: string; tensors: number; bytes: number; blocks: Record<string, number> }[];
+    choices: { format: string; reason: string }[];
+    match: { model: string; missing: string[]; unexpected: string[] } | null;
+    no_match: string;
+    fit: { weights: number; offloaded: number; verdict: string; streaming: string } | null;
+    notes: string[];
+  }
+
   /** What the monitor node shows of its own report. */
   interface MonitorPeak {
     device: string;

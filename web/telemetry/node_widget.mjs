@@ -13,13 +13,18 @@ const HEIGHT = 72;
 const MARGIN = 10;
 const LONGEST_NAME = 32;
 
-/** Whether ComfyUI has anything to run, from the messages that it sends to every page. */
+/** What ComfyUI runs, from its own messages: all pages are told whether it does, and this one when its prompts begin. */
 export class Queue {
   isBusy = false;
+  /** Prompts of this page that have begun. */
+  begun = 0;
   /** @type {Set<() => void>} */ #listeners = new Set();
 
   /** @param {Comfy.Api} api */
   constructor(api) {
+    api.addEventListener("execution_start", () => {
+      this.begun += 1;
+    });
     api.addEventListener("status", (event) => {
       const isBusy = (event.detail?.exec_info?.queue_remaining ?? 0) > 0;
       if (isBusy === this.isBusy) return;
@@ -58,6 +63,8 @@ export function addMonitorWidget(node, queue, client, store) {
   /** @type {(() => void) | undefined} */ let release;
   /** @type {(() => void) | undefined} */ let unsubscribe;
   let frame = 0;
+  /** Of the prompt of this number the node has reported its peak, which later nodes do not change. */
+  let reported = 0;
 
   function draw() {
     frame = 0;
@@ -67,7 +74,7 @@ export function addMonitorWidget(node, queue, client, store) {
     setText(title, device.title);
     setText(use, `${bytes(used(device))} of ${bytes(device.total)}`);
     updateBar(bar, device);
-    if (state.running) showPeak(state.running);
+    if (state.running && !(reported && reported === queue.begun)) showPeak(state.running);
   }
 
   /** @param {Snug.Prompt} prompt */
@@ -115,7 +122,9 @@ export function addMonitorWidget(node, queue, client, store) {
     onExecuted?.call(this, output);
     /** @type {Snug.MonitorPeak | undefined} */
     const report = output?.snug_memory?.[0];
-    if (report) tell(report.peak_bytes, report.node, "");
+    if (!report) return;
+    reported = queue.begun;
+    tell(report.peak_bytes, report.node, "");
   };
   node.onRemoved = function () {
     onRemoved?.call(this);

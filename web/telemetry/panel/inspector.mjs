@@ -5,6 +5,7 @@ import { messageOf } from "../client.mjs";
 import { toast } from "../toast.mjs";
 import { copyText } from "./files.mjs";
 import { h, section, setText } from "./dom.mjs";
+import { drawInspection } from "./inspection.mjs";
 
 /** @param {Comfy.App} app @param {import("../client.mjs").TelemetryClient} client */
 export function makeInspector(app, client) {
@@ -22,9 +23,12 @@ export function makeInspector(app, client) {
     h("div", { class: "snug-buttons" }, width.element, height.element, batch.element, inspect),
   );
   const problem = h("p", { class: "snug-warning", role: "alert", hidden: "" });
-  const report = h("pre", { class: "snug-report", tabindex: "0", "aria-label": "Report", hidden: "" });
-  const copy = h("button", { type: "button", class: "snug-button snug-small", hidden: "", onclick: onCopy }, "Copy report");
-  const element = section("Inspect a model file", { "data-snug": "inspector", ontoggle: onToggle }, form, problem, report, copy);
+  const picture = h("div", { class: "snug-inspection" });
+  const report = h("pre", { class: "snug-report", tabindex: "0", "aria-label": "Report" });
+  const copy = h("button", { type: "button", class: "snug-button snug-small", onclick: onCopy }, "Copy report");
+  const text = h("details", {}, h("summary", {}, "Full report"), report, copy);
+  const result = h("div", { hidden: "", "aria-live": "polite" }, picture, text);
+  const element = section("Inspect a model file", { "data-snug": "inspector", ontoggle: onToggle }, form, problem, result);
   element.open = false;
   let isListed = false;
 
@@ -68,6 +72,7 @@ export function makeInspector(app, client) {
     setText(inspect, "Reading…");
     element.setAttribute("aria-busy", "true");
     try {
+      /** @type {Snug.Inspection} */
       const found = await client.post("/snug/inspect", {
         folder: choice.value.slice(0, at),
         name: choice.value.slice(at + 1),
@@ -76,11 +81,12 @@ export function makeInspector(app, client) {
         batch_size: batch.value(),
       });
       tell("");
+      picture.replaceChildren(...drawInspection(found));
       setText(report, found.text);
-      report.hidden = copy.hidden = false;
+      result.hidden = false;
     } catch (error) {
       tell(messageOf(error));
-      report.hidden = copy.hidden = true;
+      result.hidden = true;
     } finally {
       inspect.disabled = false;
       setText(inspect, "Inspect");
@@ -97,10 +103,10 @@ export function makeInspector(app, client) {
     }
   }
 
-  /** @param {string} text */
-  function tell(text) {
-    setText(problem, text);
-    problem.hidden = !text;
+  /** @param {string} sentence empty when all is well */
+  function tell(sentence) {
+    setText(problem, sentence);
+    problem.hidden = !sentence;
   }
   return { element };
 }

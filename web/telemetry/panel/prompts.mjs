@@ -50,12 +50,13 @@ function drawn(state, prompt, now) {
   if (prompt) {
     const end = prompt.ended ?? Math.max(now, prompt.started);
     const isGpu = prompt.device !== "cpu";
-    return { device: prompt.device, isGpu, points: prompt.timeline, nodes: prompt.nodes, start: prompt.started, end };
+    const events = state.events.filter(({ time }) => time >= prompt.started && time <= end);
+    return { device: prompt.device, isGpu, points: prompt.timeline, nodes: prompt.nodes, events, start: prompt.started, end };
   }
   const device = latest(state)?.devices[0];
   const points = recentPoints(state, RECENT);
   if (!device || points.length < 2) return undefined;
-  return { device: device.name, isGpu: device.is_gpu, points, nodes: [], start: points[0].time, end: now };
+  return { device: device.name, isGpu: device.is_gpu, points, nodes: [], events: [], start: points[0].time, end: now };
 }
 
 /** @param {Snug.Prompt} prompt */

@@ -18,13 +18,18 @@ const NODE_COLOURS = 6;
 /** Space over the highest value. */
 const HEADROOM = 1.12;
 
+/** Patterns on top of the colours: lines are hatched, the rest dotted; distances in pixels. */
+const PATTERNS = { pages: { kind: "lines", distance: 6 }, activations: { kind: "dots", distance: 7 }, cache: { kind: "lines", distance: 10 } };
+
 /**
- * @typedef {{device: string, isGpu: boolean, points: Snug.Point[], nodes: Snug.Node[], start: number, end: number}} Shown
+ * @typedef {{device: string, isGpu: boolean, points: Snug.Point[], nodes: Snug.Node[], events: Snug.Event[],
+ *   start: number, end: number}} Shown
  * @param {{focus: (nodeId: string) => void}} actions
  */
 export function makeTimeline(actions) {
-  const hatches = [freshId("hatch"), freshId("hatch")];
-  const defs = svg("defs", {}, hatch(hatches[0], 6), hatch(hatches[1], 10));
+  /** @type {Map<string, string>} */
+  const patterns = new Map(Object.keys(PATTERNS).map((part) => [part, freshId(part)]));
+  const defs = svg("defs", {}, ...Object.entries(PATTERNS).map(([part, look]) => pattern(patterns.get(part) ?? "", look)));
   const content = svg("g", {});
   const cursor = svg("line", { class: "snug-cursor", y1: TOP, y2: TOP + AREA, visibility: "hidden" });
   const picture = svg(
@@ -70,10 +75,9 @@ export function makeTimeline(actions) {
       ...grid(top, y, right),
       ...areas(now.points, scale, { left: LEFT, right, y }).flatMap(({ part, path }) => [
         svg("path", { d: path, class: `snug-area snug-${part}`, "data-part": part }),
-        part === "pages" || part === "cache"
-          ? svg("path", { d: path, fill: `url(#${hatches[part === "pages" ? 0 : 1]})` })
-          : "",
-      ]).filter((child) => child !== ""),
+        ...(patterns.has(part) ? [svg("path", { d: path, fill: `url(#${patterns.get(part)})` })] : []),
+      ]),
+      ...now.events.map((event) => eventMark(event, scale.x(event.time))),
       ...times(now, scale),
       ...placed.bars.flatMap((bar, at) => lane(bar, at, bar.node === peakNode, scale)),
       ...(peakNode ? peakMark(peakNode, now, scale, y, right) : []),
@@ -122,13 +126,42 @@ export function makeTimeline(actions) {
   return { element, update, resize };
 }
 
-/** @param {string} id @param {number} distance */
-function hatch(id, distance) {
-  return svg(
-    "pattern",
-    { id, width: distance, height: distance, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
-    svg("line", { x1: 0, y1: 0, x2: 0, y2: distance, class: "snug-hatch" }),
-  );
+/** @param {string} id @param {{kind: string, distance: number}} look */
+function pattern(id, { kind, distance }) {
+  const mark =
+    kind === "dots"
+      ? svg("circle", { cx: 2, cy: 2, r: 0.9, class: "snug-dot" })
+      : svg("line", { x1: 0, y1: 0, x2: 0, y2: distance, class: "snug-hatch" });
+  const turned = kind === "dots" ? null : "rotate(45)";
+  return svg("pattern", { id, width: distance, height: distance, patternUnits: "userSpaceOnUse", patternTransform: turned }, mark);
+}
+
+/** A triangle on the axis, up for a load and down for an unload; a cross where memory ran out. @param {Snug.Event} event @param {number} x */
+function eventMark(event, x) {
+  const y = TOP + AREA;
+  const paths = {
+    load: `M${x},${y - 7}l4,7h-8Z`,
+    unload: `M${x},${y}l4,-7h-8Z`,
+    oom: `M${x - 4},${y - 8}l8,8m0,-8l-8,8`,
+    retry: `M${x - 3},${y - 4}h6`,
+  };
+  const mark = svg("path", { class: `snug-event snug-event-${event.kind}`, d: paths[event.kind], "data-event": event.kind });
+  return svg("g", {}, svg("title", {}, tellEvent(event)), mark);
+}
+
+/** @param {Snug.Event} event */
+export function tellEvent({ kind, model, device, bytes: size, node }) {
+  const where = `${device ? ` on ${device}` : ""}${node ? ` in ${node}` : ""}`;
+  switch (kind) {
+    case "load":
+      return `${model ?? "A model"} loaded, ${bytes(size ?? 0)}${where}`;
+    case "unload":
+      return `${model ?? "A model"} unloaded, ${bytes(size ?? 0)}${where}`;
+    case "oom":
+      return `Memory ran out${where}`;
+    case "retry":
+      return `PyTorch gave back its cache to find memory${where}`;
+  }
 }
 
 /** @param {number} top @param {(bytes: number) => number} y @param {number} right */
