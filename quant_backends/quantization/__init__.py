@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from .layers import LayerInfo
+from .module import ModuleReport, load_packed, packed_state_dict, quantize_module
 from .recipe import Recipe, make_recipe
 from .target import Target
 from .targets import find_target, targets
 
-__all__ = ["LayerInfo", "Recipe", "Target", "find_target", "make_recipe", "targets"]
+__all__ = [
+    "LayerInfo",
+    "ModuleReport",
+    "Recipe",
+    "Target",
+    "find_target",
+    "load_packed",
+    "make_recipe",
+    "packed_state_dict",
+    "quantize_module",
+    "targets",
+]

@@ -150,7 +150,7 @@ class _Writer:
         }
         for start in range(0, data.numel(), CHUNK):
             part = data[start : start + CHUNK]
-            self._file.write(memoryview(part.numpy()))
+            self._file.write(part.numpy().data)
             self._done += part.numel()
             if self._progress is not None:
                 self._progress(self._done, max(self._expected, self._done))
