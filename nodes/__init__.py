@@ -24,6 +24,7 @@ class SnugExtension(ComfyExtension):
         from .model_inspector import SnugModelInspector
         from .precision import SnugPrecision, SnugPrecisionCLIP, SnugPrecisionVAE
         from .quantize import SnugQuantizeModel, SnugQuantizeTextEncoder
+        from .save import SnugSaveModel, SnugSaveTextEncoder
         from .torch_compile import SnugTorchCompile
         from .vram_monitor import SnugVRAMMonitor
 
@@ -35,6 +36,8 @@ class SnugExtension(ComfyExtension):
             SnugLoadControlNet,
             SnugQuantizeModel,
             SnugQuantizeTextEncoder,
+            SnugSaveModel,
+            SnugSaveTextEncoder,
             SnugLayerwiseCasting,
             SnugLayerwiseCastingCLIP,
             SnugGroupOffload,

@@ -49,7 +49,7 @@ def quantize_tensors(
         if layer is not None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             progress(layer.weights / total)
-    return found, {**recipe.describe(), "layers": count}
+    return found, {**recipe.describe(), "backend": recipe.target.backend, "layers": count}
 
 
 def _layers(tensors: Tensors, direct: re.Pattern[str]) -> Iterable[tuple[str, LayerInfo]]:

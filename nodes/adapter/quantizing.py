@@ -135,6 +135,7 @@ def _without_fused(new: Any, quantizing: _Quantizing) -> Any:
         new.patches_uuid = uuid.uuid4()
     done = {
         **quantizing.recipe.describe(),
+        "backend": quantizing.recipe.target.backend,
         "layers": quantizing.conversion.formats.total(),
         "lora_fused_layers": len(quantizing.conversion.fused),
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import time
 from collections.abc import Iterable
 from enum import Enum
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from comfy.cli_args import args, parser
 
+from ...quant_backends.core.version import pack_version
 from ...quant_backends.registry import BACKENDS
 from .accounting import Sample
 from .devices import driver_version
@@ -26,7 +26,6 @@ from .report import event_data, sample_data
 
 MINUTE = 60.0
 GIVEN = "(given)"
-_PACK = Path(__file__).parents[2]
 _PACKAGES = ("comfy-kitchen", "comfy-aimdo", "comfyui-frontend-package", "numpy", "safetensors", "triton")
 
 
@@ -71,7 +70,7 @@ def _each_second(samples: Iterable[Sample]) -> list[Sample]:
 
 def _versions() -> dict[str, str | None]:
     return {
-        "snug": _pack_version(),
+        "snug": pack_version(),
         "comfyui": _comfyui_version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -88,17 +87,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except (metadata.PackageNotFoundError, ValueError):
         return None
-
-
-def _pack_version() -> str | None:
-    """By the project's file: the pack is not installed as a package, and Python 3.10 reads no TOML."""
-    try:
-        found = re.search(
-            r'^version = "([^"]+)"', (_PACK / "pyproject.toml").read_text("utf-8"), re.MULTILINE
-        )
-    except OSError:
-        return None
-    return found[1] if found else None
 
 
 def _comfyui_version() -> str | None:

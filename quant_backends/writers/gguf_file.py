@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -26,6 +24,7 @@ from ..formats import FORMATS, Format, quantizable_formats
 from ..kernels.dequantize import quantize
 from .architecture import detect_architecture
 from .mixes import MIXES, Mix
+from .new_file import check_disk_space, new_file
 from .plan import PlannedTensor, plan_tensors
 from .precision import RULES, PrecisionRules
 
@@ -34,7 +33,6 @@ Quantizer: TypeAlias = Callable[[torch.Tensor, str], torch.Tensor]
 Progress: TypeAlias = Callable[[int, int], None]
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-_HEADER_MARGIN = 16 << 20  # bytes left for metadata, tensor descriptions and padding
 
 
 def write_gguf(
@@ -73,25 +71,20 @@ def write_gguf(
             f"one of {', '.join(RULES)}, and tensor names without a prefix."
         )
     plan = plan_tensors(tensors, wanted, RULES.get(architecture, PrecisionRules()))
-    _check_disk_space(target, sum(planned.nbytes for planned in plan))
+    check_disk_space(target, sum(planned.nbytes for planned in plan))
 
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with closing(gguf.GGUFWriter(temporary, architecture)) as writer:
-            _add_metadata(gguf, writer, wanted.name if wanted else _main_format(plan), metadata or {})
-            for planned in plan:
-                _add_tensor_info(gguf, writer, planned)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for done, planned in enumerate(plan, start=1):
-                packed = _pack(tensors[planned.name], planned, quantizer)
-                writer.write_tensor_data(packed.numpy())
-                if progress is not None:
-                    progress(done, len(plan))
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(target) as temporary, closing(gguf.GGUFWriter(temporary, architecture)) as writer:
+        _add_metadata(gguf, writer, wanted.name if wanted else _main_format(plan), metadata or {})
+        for planned in plan:
+            _add_tensor_info(gguf, writer, planned)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for done, planned in enumerate(plan, start=1):
+            packed = _pack(tensors[planned.name], planned, quantizer)
+            writer.write_tensor_data(packed.numpy())
+            if progress is not None:
+                progress(done, len(plan))
 
 
 def _import_gguf() -> Any:
@@ -112,15 +105,6 @@ def _writable_format(name: str, quantizer: Quantizer | None) -> type[Format] | M
     if quantizer is None and not fmt.can_quantize:
         raise SnugError(f"Snug cannot quantize to {name}; choose one of {choices} or pass a quantizer.")
     return mix or fmt
-
-
-def _check_disk_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < needed + _HEADER_MARGIN:
-        raise SnugError(
-            f"{target} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free; "
-            f"free some space or write to another disk."
-        )
 
 
 def _add_metadata(gguf: Any, writer: Any, format: str, metadata: Mapping[str, MetadataValue]) -> None:

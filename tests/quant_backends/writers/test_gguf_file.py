@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
@@ -182,7 +183,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 1000
 
-    monkeypatch.setattr(gguf_file.shutil, "disk_usage", lambda path: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage)
     with pytest.raises(SnugError, match="has 0.00 GB free"):
         write_gguf(tmp_path / "model.gguf", wan_tensors(), "F16")
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,202 @@
+"""Saving a MODEL or CLIP as it is in memory: packed weights byte for byte, whatever they are quantized with."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_base
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.cli_args import args
+
+from ...quant_backends.core.errors import SnugError
+from ...quant_backends.core.version import pack_version
+from ...quant_backends.readers.repairs import rename_qk_norms
+from .containers import AUTO, Content, Tensors, file_kind, write
+from .conversion import NETWORK
+from .model_tensors import LEAVE_OUT, MERGE, REFUSE, ModelTensors
+from .output_path import FOLDERS, NUMBER, output_path
+from .provenance import Provenance, hashes, provenance_of
+from .reweight import unload
+
+# Of the whole of saving, what hashing the source files counts for in the progress bar.
+_HASHING = 0.2
+_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """prefix, folder, collision: see `output_path`. container: see `file_kind`. lora: of LORA_CHOICES.
+
+    texts: further metadata by name, such as ComfyUI's "prompt".
+    """
+
+    prefix: str
+    container: str = AUTO
+    lora: str = MERGE
+    collision: str = NUMBER
+    folder: str = FOLDERS[0]
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+def save_model(patcher: Any, settings: SaveSettings) -> list[Path]:
+    """Writes the diffusion model of a MODEL into one file; returns its path.
+
+    Raises SnugError when a weight's format does not fit the container, when the name is taken and not to be replaced,
+    when the disk is too full, and for what `ModelTensors` refuses.
+    """
+    tensors = _tensors(patcher, NETWORK, settings)
+    renamed = rename_qk_norms(dict.fromkeys(tensors), "scale")  # as the original files call them
+    content = _content(tensors, dict(zip(renamed, tensors, strict=True)), _marks(patcher.model))
+    config = _config(patcher.model)
+    texts = {"config": config} if config else {}
+    return _save(patcher, {"": content}, settings, "diffusion_models", texts)
+
+
+def save_text_encoders(clip: Any, settings: SaveSettings) -> list[Path]:
+    """Writes each text encoder of a CLIP into a file of its own, under Hugging Face's names; returns the paths.
+
+    Errors as of `save_model`.
+    """
+    tensors = _tensors(clip.patcher, "", settings)
+    groups = _encoders(clip.cond_stage_model, tensors)
+    tokenizer = {
+        name: value for name, value in clip.tokenizer.state_dict().items() if isinstance(value, torch.Tensor)
+    }
+    owner = next((prefix for prefix in reversed(groups) if not prefix.startswith("clip_")), "")
+    contents = {
+        prefix: _content(tensors, names, tokenizer if prefix == owner else {})
+        for prefix, names in groups.items()
+    }
+    return _save(clip.patcher, contents, settings, "text_encoders", {"format": "pt"})
+
+
+class _Renamed(Mapping[str, Any]):
+    """Tensors under other names (new to old), and a few more behind them."""
+
+    def __init__(self, tensors: ModelTensors, names: Mapping[str, str], more: Tensors) -> None:
+        self._tensors, self._names, self._more = tensors, names, more
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[self._names[name]] if name in self._names else self._more[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._names
+        yield from self._more
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._more)
+
+
+def _content(tensors: ModelTensors, names: Mapping[str, str], more: Tensors) -> Content:
+    """Tensors under other names (new to old), and a few more behind them."""
+    found = (tensors.format_of(name) for name in names.values())
+    formats = Counter(name for name in found if name is not None)
+    nbytes = sum(map(tensors.nbytes_of, names.values())) + sum(value.nbytes for value in more.values())
+    return Content(_Renamed(tensors, names, more), dict(formats.most_common()), nbytes)
+
+
+def _tensors(patcher: Any, prefix: str, settings: SaveSettings) -> ModelTensors:
+    keys = [key for key in patcher.patches if isinstance(key, str) and key.startswith(prefix)]
+    if keys and settings.lora == REFUSE:
+        raise SnugError(
+            f"There are LoRAs on {len(keys)} weights; set lora to '{MERGE}' to have them in the file, or to "
+            f"'{LEAVE_OUT}' to save the weights without them."
+        )
+    unload(patcher.model, patcher)  # so that no LoRA is in its weights
+    return ModelTensors(patcher, prefix, settings.lora == MERGE)
+
+
+def _save(
+    patcher: Any, files: Mapping[str, Content], settings: SaveSettings, key: str, texts: Mapping[str, str]
+) -> list[Path]:
+    """files: by what is added to the name where there are several; key: ComfyUI's of the folder."""
+    bar = comfy.utils.ProgressBar(_STEPS)
+    provenance = provenance_of(patcher)
+    backend = str(provenance.recipes[-1].get("backend", "")) if provenance.recipes else ""
+    jobs = []
+    for part, content in files.items():  # all names before anything is written
+        content = replace(content, backend=backend, is_text_encoder=key == "text_encoders")
+        ending, convention = file_kind(content, settings.container)
+        prefix = f"{settings.prefix}_{part}" if len(files) > 1 else settings.prefix
+        path = output_path(prefix, ending, settings.folder, key, settings.collision)
+        jobs.append((path, content, convention))
+    known = {**texts, "snug_provenance": json.dumps(_described(patcher, provenance, settings, bar))}
+    known |= {} if args.disable_metadata else settings.texts
+    for number, (path, content, convention) in enumerate(jobs):
+
+        def written(done: int, total: int, number: int = number) -> None:
+            share = (number + done / max(1, total)) / len(jobs)
+            _report(bar, _HASHING + (1 - _HASHING) * share)
+
+        write(path, replace(content, texts=known), convention, written)
+    bar.update_absolute(_STEPS)
+    return [path for path, _, _ in jobs]
+
+
+def _described(patcher: Any, provenance: Provenance, settings: SaveSettings, bar: Any) -> dict[str, Any]:
+    """Where the weights come from, as JSON can hold it; reads the source files, for their hashes."""
+    total = sum(source.size for source in provenance.sources)
+    done = 0
+
+    def hashed(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        _report(bar, _HASHING * done / total)
+
+    return {
+        "pack": "ComfyUI-Snug",
+        "version": pack_version(),
+        "source": hashes(provenance, hashed),
+        "recipes": list(provenance.recipes),
+        "lora": settings.lora if patcher.patches else "none",
+    }
+
+
+def _report(bar: Any, part: float) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    bar.update_absolute(int(part * _STEPS))
+
+
+def _marks(model: Any) -> dict[str, torch.Tensor]:
+    """Tensors by whose presence ComfyUI knows how a model of Stable Diffusion predicts; they hold nothing."""
+    marks: dict[str, torch.Tensor] = {}
+    kind = comfy.model_base.ModelType
+    sampling = getattr(model, "model_sampling", None)
+    if model.model_type == kind.V_PREDICTION:
+        marks["v_pred"] = torch.zeros(1)
+        if getattr(sampling, "zsnr", False):
+            marks["ztsnr"] = torch.zeros(1)
+    elif model.model_type == kind.V_PREDICTION_EDM and hasattr(sampling, "sigma_max"):
+        marks["edm_vpred.sigma_max"] = torch.tensor([float(sampling.sigma_max)])
+        marks["edm_vpred.sigma_min"] = torch.tensor([float(sampling.sigma_min)])
+    return marks
+
+
+def _config(model: Any) -> str | None:
+    """What LTX-Video's files say of their sizes."""
+    config = dict(getattr(model.model_config, "unet_config", {}))
+    if not str(config.get("image_model", "")).startswith("ltx"):
+        return None
+    simple = {
+        name: value for name, value in config.items() if isinstance(value, bool | int | float | str | list)
+    }
+    simple.pop("image_model")
+    return json.dumps({"transformer": simple})
+
+
+def _encoders(model: torch.nn.Module, names: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Encoder to its tensors: name in its own file to name in the model; "" for what belongs to none."""
+    prefixes = [name for name, child in model.named_children() if hasattr(child, "transformer")]
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        part = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), "")
+        inner = name.removeprefix(f"{part}.") if part else name
+        groups.setdefault(part, {})[inner.removeprefix("transformer.")] = name
+    return groups
