@@ -12,7 +12,7 @@ import comfy.model_management as management
 from ...quant_backends.core.errors import FileFormatError, SnugError
 from ...quant_backends.inspection.blocks import OTHERS, group_blocks
 from ...quant_backends.inspection.fit import Demand, Device, Fit, estimate_fit
-from ...quant_backends.inspection.header import original_tensors, read_header
+from ...quant_backends.inspection.header import architecture_of, read_header
 from ...quant_backends.inspection.report import report
 from ...quant_backends.inspection.stored import SINGLE_FILE, FileContents, StoredWeight
 from ...quant_backends.inspection.summary import Summary, summarize, to_json
@@ -147,7 +147,7 @@ def inspect_file(path: str, size: ImageSize) -> Summary:
     return summarize(
         f"File: {os.path.basename(path.rstrip('/'))}",
         contents.weights,
-        _architecture(contents),
+        architecture_of(contents),
         facts=facts,
         metadata=contents.metadata,
         match=None if reference is None else reference.match,
@@ -164,17 +164,6 @@ def _reference(contents: FileContents) -> tuple[Reference | None, str]:
         return build_reference(contents), ""
     except SnugError as error:
         return None, str(error)
-
-
-def _architecture(contents: FileContents) -> str | None:
-    names = {weight.name for weight in contents.weights}
-    found = detect_architecture(names)
-    if found is None and contents.is_diffusion_model and (tensors := original_tensors(contents)) is not None:
-        found = detect_architecture(tensors)
-    if found is None:
-        named = contents.metadata.get("general.architecture")
-        return named if isinstance(named, str) and named.isidentifier() else None
-    return found
 
 
 def _patches(patcher: Any) -> dict[str, str]:

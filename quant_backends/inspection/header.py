@@ -28,6 +28,7 @@ from ..readers.repairs import (
 )
 from ..readers.safetensors_file import SafetensorsFile
 from ..readers.sharded_safetensors import ShardedSafetensors
+from ..writers.architecture import detect_architecture
 from .scaled_keys import stored_weights
 from .stored import CHECKPOINT, DIFFUSION_MODEL, FOLDER, SINGLE_FILE, FileContents, StoredWeight
 
@@ -66,6 +67,20 @@ def original_tensors(contents: FileContents) -> dict[str, torch.Tensor] | None:
     except SnugError as error:
         raise FileFormatError(contents.path, str(error).removesuffix("."), REDOWNLOAD) from error
     return {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
+
+
+def architecture_of(contents: FileContents) -> str | None:
+    """As `general.architecture` of a GGUF file names it: by the tensors, else by what the file says; None: unknown.
+
+    Raises FileFormatError when parts of a fused layer are missing.
+    """
+    found = detect_architecture({weight.name for weight in contents.weights})
+    if found is None and contents.is_diffusion_model and (tensors := original_tensors(contents)) is not None:
+        found = detect_architecture(tensors)
+    if found is None:
+        named = contents.metadata.get("general.architecture")
+        return named if isinstance(named, str) and named.isidentifier() else None
+    return found
 
 
 def _of_gguf(file: GGUFFile) -> FileContents:

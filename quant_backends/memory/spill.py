@@ -39,11 +39,17 @@ class FileBacked:
         return number >= 0 and tensor.data_ptr() < self._ends[number]
 
 
-def spill(tensors: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:
+def spill(
+    tensors: Sequence[torch.Tensor],
+    folder: Path,
+    purpose: str = "Offloading to disk",
+    instead: str = "offload to the CPU's memory",
+) -> list[torch.Tensor]:
     """The same tensors (of any dtypes and shapes, on any device) in a temporary file in `folder`, mapped into memory.
 
     The file is gone with the last of the tensors; where open files cannot be deleted (Windows) it stays until
-    `folder` is emptied. Raises SnugError when the disk has no room for it.
+    `folder` is emptied. Raises SnugError when the disk has no room for it; purpose, instead: what it says needs the
+    room, and what else can be done.
     """
     sizes = [aligned(tensor.nbytes) for tensor in tensors]
     total = sum(sizes)
@@ -51,7 +57,7 @@ def spill(tensors: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:
         return list(tensors)
     free = shutil.disk_usage(folder).free
     if free < total:
-        raise _no_room(folder, total, free)
+        raise _no_room(folder, total, free, purpose, instead)
     with tempfile.NamedTemporaryFile(prefix="snug-offload-", dir=folder, delete=False, buffering=0) as file:
         path = Path(file.name)
         try:
@@ -62,7 +68,8 @@ def spill(tensors: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:
             file.close()
             path.unlink()
             if isinstance(error, OSError):
-                raise _no_room(folder, total, shutil.disk_usage(folder).free) from error
+                left = shutil.disk_usage(folder).free
+                raise _no_room(folder, total, left, purpose, instead) from error
             raise
     mapped = torch.from_file(str(path), shared=False, size=total, dtype=torch.uint8)
     with contextlib.suppress(PermissionError):  # Windows, as long as it is mapped
@@ -74,8 +81,8 @@ def spill(tensors: Sequence[torch.Tensor], folder: Path) -> list[torch.Tensor]:
     ]
 
 
-def _no_room(folder: Path, wanted: int, free: int) -> SnugError:
+def _no_room(folder: Path, wanted: int, free: int, purpose: str, instead: str) -> SnugError:
     return SnugError(
-        f"Offloading to disk needs {size_text(wanted)} in {folder}, which has {size_text(free)} left; free some space, "
-        f"or offload to the CPU's memory."
+        f"{purpose} needs {size_text(wanted)} in {folder}, which has {size_text(free)} left; free some space, or "
+        f"{instead}."
     )

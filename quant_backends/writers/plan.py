@@ -68,7 +68,7 @@ def plan_tensors(
                 f"file; dequantize the model first."
             )
         original = tuple(tensor.shape)
-        stored = _stored_shape(original, rules)
+        stored = stored_shape(original, rules)
         fmt = mixed_format(wanted, name, stored, *blocks[name]) if isinstance(wanted, Mix) else wanted
         # ComfyUI-GGUF restores the original shape of F16 and F32 kernels only.
         too_deep = len(original) > MAX_DIMS
@@ -98,7 +98,8 @@ def _check_name(name: str) -> None:
         )
 
 
-def _stored_shape(shape: tuple[int, ...], rules: PrecisionRules) -> tuple[int, ...]:
+def stored_shape(shape: tuple[int, ...], rules: PrecisionRules) -> tuple[int, ...]:
+    """The shape that a weight has in a GGUF file: folded where its rows would be no whole blocks, of at most 4 dims."""
     numel = math.prod(shape)
     can_fold = numel >= MIN_FOLDED and numel % FOLD_WIDTH == 0
     if rules.fold_rows and can_fold and len(shape) > 1 and shape[-1] % FOLD_WIDTH:

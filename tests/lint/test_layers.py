@@ -20,6 +20,7 @@ CORE_MAY_IMPORT = {
     "bitsandbytes",
     "torchao",
     "optimum",
+    "tqdm",
 }
 ROOMS_OF_NODES = ("snug.nodes.adapter", "snug.nodes.measure", "snug.nodes.telemetry")
 
