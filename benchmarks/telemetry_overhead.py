@@ -11,13 +11,14 @@ turn (median and quartiles), of the seconds of a prompt and of the processor sec
 say something on a machine that has nothing else to do, and little on a busy one.
 
 The last table goes by processor time of the very calls, which others hardly change: a sample, of which five are taken
-in a second, the start and end of a node, and the report with its picture.
+in a second, its message to a client, the start and end of a node, and the report with its picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import shutil
 import sys
@@ -133,7 +134,7 @@ def ratios(found: dict[str, list[Measured]], way: str, which: int) -> str:
 def parts(repeats: int) -> dict[str, float]:
     """Processor seconds of each part, the median of many."""
     from snug.nodes.telemetry.chart import draw_timeline
-    from snug.nodes.telemetry.report import report_text
+    from snug.nodes.telemetry.report import pushed_data, report_text
     from snug.nodes.telemetry.service import Telemetry
 
     service = Telemetry(lambda _: True, lambda _: None, lambda *_: None)
@@ -149,6 +150,7 @@ def parts(repeats: int) -> dict[str, float]:
     record, sample = service.monitor(), service.take()
     calls: dict[str, Callable[[], object]] = {
         "a sample": service._sample,
+        "its message to a client": lambda: json.dumps(pushed_data(1, sample, [])),
         "start and end of a node": node,
         "report": lambda: report_text(record, sample),
         "picture": lambda: draw_timeline(record, time.time()),
@@ -201,11 +203,11 @@ def main() -> None:
     text += "\n" + table(
         ["prompts with", "seconds, median", "seconds, ratio", "processor seconds, ratio"], rows
     )
-    share = alone["a sample"] / RUNNING
+    share = (alone["a sample"] + alone["its message to a client"]) / RUNNING
     text += "\n\n" + table(
         ["part", "processor ms"], [[name, f"{seconds * 1e3:.3f}"] for name, seconds in alone.items()]
     )
-    text += f"\n\nThe samples of a running prompt are {share:.2%} of one core: a ratio of {1 + share:.4f}.\n"
+    text += f"\n\nSamples and messages of a running prompt are {share:.2%} of one core: a ratio of {1 + share:.4f}.\n"
     print(text)
     save(options, text, {"environment": facts, "prompts": found, "parts": alone})
 

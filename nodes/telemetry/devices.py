@@ -87,7 +87,7 @@ def _nvml_memory(device: torch.device) -> tuple[int, int] | None:
         return None
     try:
         info = nvml.nvmlDeviceGetMemoryInfo(handle)
-    except Exception as error:  # its errors share no base with anything
+    except Exception as error:
         logger.debug("NVML does not tell the memory of %s: %s", device, error)
         return None
     return info.free, info.total
@@ -97,8 +97,12 @@ def driver_version() -> str | None:
     """Of NVIDIA's driver, where NVML is installed and there is such a device."""
     for device in gpus():
         nvml, _ = _nvml(device) if device.type == "cuda" else (None, None)
-        if nvml is not None:
-            found = nvml.nvmlSystemGetDriverVersion()
+        try:
+            found = nvml.nvmlSystemGetDriverVersion() if nvml is not None else None
+        except Exception as error:  # its errors share no base with anything
+            logger.debug("NVML does not tell its version: %s", error)
+            continue
+        if found is not None:
             return found.decode() if isinstance(found, bytes) else str(found)
     return None
 

@@ -30,7 +30,7 @@ def write_report(folder: Path, name: str, suffix: str, text: str) -> Path:
     except OSError as error:
         raise SnugError(
             f"{name}{suffix} could not be written below ComfyUI's output folder: {error.strerror or error}. Make "
-            "room there, or choose another filename_prefix."
+            "room there, or choose another name."
         ) from error
 
 

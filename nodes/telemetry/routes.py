@@ -18,6 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
+from ...quant_backends.core.errors import SnugError
 from . import inspection_routes, page_files
 from .diagnostics import diagnostics
 from .monitor import save
@@ -116,7 +117,10 @@ async def export(request: web.Request) -> dict[str, Any]:
     record = telemetry().record_of(prompt_id)
     if record is None:
         raise Refusal("No prompt with this prompt_id is recorded; only the last few are kept.", 404)
-    return {"path": await elsewhere(_export, record, kind)}
+    try:
+        return {"path": await elsewhere(_export, record, kind)}
+    except SnugError as error:  # the disk is full, for one
+        raise Refusal(str(error), 507) from None
 
 
 def _export(record: PromptRecord, kind: str) -> str:
