@@ -203,6 +203,8 @@ def main() -> None:
     text += "\n" + table(
         ["prompts with", "seconds, median", "seconds, ratio", "processor seconds, ratio"], rows
     )
+    if psutil.getloadavg()[0] > (psutil.cpu_count() or 1):
+        text += "\n\nOther programs had more to do than the machine could: these ratios are their noise. See below.\n"
     share = (alone["a sample"] + alone["its message to a client"]) / RUNNING
     text += "\n\n" + table(
         ["part", "processor ms"], [[name, f"{seconds * 1e3:.3f}"] for name, seconds in alone.items()]
