@@ -12,6 +12,7 @@ import torch
 
 from ..core.packed import PackedTensor
 from ..formats import roundings
+from ..formats.four_bit_encoder import SearchedFourBitEncoder
 from ..formats.roundings import Rounding
 from ..formats.row_encoder import ElementEncoder
 from ..formats.scaled import BitsAndBytes4Bit, QuantoGroups, RotatedRows, ScaledElements, scaled_format
@@ -80,6 +81,24 @@ _BITSANDBYTES_INT8 = Target(
     8.0,
     note="bitsandbytes' outlier threshold is about inputs while a model runs: it changes nothing in the file, and Snug "
     "calculates with unrounded inputs, which is better than any threshold.",
+)
+
+
+def _encode_searched(
+    values: torch.Tensor, fmt: AnyFormat, importance: torch.Tensor | None = None
+) -> PackedTensor:
+    if isinstance(fmt, BitsAndBytes4Bit):
+        return encode(values, SearchedFourBitEncoder(fmt), importance)
+    return quantize_packed(values, fmt, importance)
+
+
+_SEARCHED = Target(
+    "bitsandbytes NF4 searched",
+    "bitsandbytes",
+    _matrices(lambda columns: BitsAndBytes4Bit("nf4", 64)),
+    4.5,
+    _encode_searched,
+    note="The file is one of bitsandbytes; Snug looks for better scales than it does, and uses a calibration.",
 )
 
 # quanto
@@ -191,6 +210,7 @@ _INT8 = (
 SIZED: tuple[SizedTargets, ...] = (*_FOUR_BIT, *_TORCHAO_GROUPS)
 LIBRARIES: tuple[Target, ...] = (
     *(family.target() for family in _FOUR_BIT),
+    _SEARCHED,
     _BITSANDBYTES_INT8,
     *_TORCHAO,
     *_QUANTO,

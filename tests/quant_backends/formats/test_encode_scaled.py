@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from snug.quant_backends.core.packed import PackedTensor
-from snug.quant_backends.formats.four_bit_encoder import VALUES, dynamic_map
+from snug.quant_backends.formats.four_bit_encoder import VALUES, SearchedFourBitEncoder, dynamic_map
 from snug.quant_backends.formats.roundings import OWN, QUANTO, TORCHAO, TORCHAO_ASYMMETRIC, Rounding
 from snug.quant_backends.formats.row_encoder import ElementEncoder
-from snug.quant_backends.formats.scaled import ScaledElements, ScaledFormat, scaled_format
+from snug.quant_backends.formats.scaled import BitsAndBytes4Bit, ScaledElements, ScaledFormat, scaled_format
 from snug.quant_backends.kernels import dequantize as kernel
 from snug.quant_backends.kernels.dequantize import dequantize_packed, encode, quantize_packed
 from snug.quant_backends.registry import bitsandbytes, int8, quanto, torchao
@@ -170,3 +170,30 @@ def test_scaled_float8_uses_the_whole_range(name: str) -> None:
     largest = torch.finfo(fmt.data_dtype).max
     assert packed.data.float().abs().max() == largest and packed.parts["scale"].numel() == 1
     assert packed.parts["scale"] == values.float().abs().max() / largest
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (33, 100), (9, 31)])
+def test_searched_scales_beat_the_librarys(shape: tuple[int, int]) -> None:
+    """In each block, in the sum that importance gives; blocks of zeros stay zeros."""
+    fmt = scaled_format("bnb-nf4-64")
+    assert isinstance(fmt, BitsAndBytes4Bit)
+    values = weights(*shape, torch.float32)
+    importance = torch.rand(shape[1], generator=torch.Generator().manual_seed(7)) ** 4
+    plain = dequantize_packed(quantize_packed(values, fmt)) - values
+    searched = dequantize_packed(encode(values, SearchedFourBitEncoder(fmt))) - values
+    weighted = dequantize_packed(encode(values, SearchedFourBitEncoder(fmt), importance)) - values
+    assert searched.square().sum() < plain.square().sum()
+    assert (weighted.square() * importance).sum() < (searched.square() * importance).sum()
+    if shape[1] % 64 == 0:
+        assert not (searched + values)[1].any()
+        per_block = [error.view(-1, 64).square().sum(1) for error in (searched, plain)]
+        assert (per_block[0] <= per_block[1] * 1.0001 + 1e-12).all()
+
+
+def test_searched_scales_are_much_better_for_usual_weights() -> None:
+    fmt = scaled_format("bnb-nf4-64")
+    assert isinstance(fmt, BitsAndBytes4Bit)
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(8)) / 30
+    plain = dequantize_packed(quantize_packed(values, fmt)) - values
+    searched = dequantize_packed(encode(values, SearchedFourBitEncoder(fmt))) - values
+    assert searched.norm() < 0.95 * plain.norm()
