@@ -22,6 +22,19 @@ def _more_inputs(what: str) -> list[io.Input]:
                 "matter most. Only formats that can make use of it do."
             ),
         ),
+        io.Float.Input(
+            "fit_gb",
+            default=0.0,
+            min=0.0,
+            max=1000.0,
+            step=0.1,
+            optional=True,
+            tooltip=(
+                f"The size that the {what} is to have, in GB. Not 0: layers that suffer most get larger formats of "
+                "the target's family, others smaller ones, so that the error is the least for this size; a calibration "
+                "tells it more. 0: every layer gets the target."
+            ),
+        ),
         io.Boolean.Input(
             "fuse_lora",
             default=False,

@@ -62,20 +62,30 @@ class Conversion:
             self.kept[reason] += 1
             return None
         home = layer.weight.device
-        weight = self._with_patches(name, decode(self.device or home))
+        weight, is_fused = self._merged(name, decode(self.device or home))
+        if is_fused:
+            self.fused.append(f"{name}.weight")
         packed = self.convert(info, weight)
         self.formats[packed.format.name] += 1
         return moved(packed, home)
 
-    def _with_patches(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+    def converts(self, layer: Any) -> bool:
+        """Whether the layer's weight is converted unless there is a reason not to."""
+        return _decoder(layer, self.again) is not None
+
+    def weight(self, name: str, layer: Any) -> torch.Tensor:
+        """What would be converted of a layer that is; name: in the model."""
+        decode = _decoder(layer, self.again)
+        assert decode is not None
+        return self._merged(name, decode(self.device or layer.weight.device))[0]
+
+    def _merged(self, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """(the weight with its patches where they can be merged, whether they are)."""
         patches = self.patches.get(f"{name}.weight")
         if not patches or name in self.shared:
-            return weight
+            return weight, False
         merged = WeightPatches(f"{name}.weight", patches)(weight.to(torch.float32, copy=True))
-        if merged.shape != weight.shape:
-            return weight
-        self.fused.append(f"{name}.weight")
-        return merged
+        return (merged, True) if merged.shape == weight.shape else (weight, False)
 
     def report(self, patcher: Any, new: Any) -> str:
         """Counts, reasons and bytes; patcher: what came in, new: what came out."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.model_management
+import comfy.utils
 import torch
 
 from ...quant_backends.core.errors import SnugError
 from ...quant_backends.quantization import LayerInfo, Recipe, make_recipe, targets
+from ...quant_backends.quantization.automatic import Mix, automatic_mix
 from ...quant_backends.quantization.calibration import Calibration
 from .conversion import NETWORK, Conversion, encoding_device, layer_info, make_room, shared_weights
 from .provenance import with_recipe
-from .reweight import replaceable_layers, reweight, reweight_clip
+from .reweight import replaceable_layers, reweight, reweight_clip, unload
 
 DEVICES = ("auto", "cpu")
 
@@ -25,7 +27,8 @@ class QuantizeSettings:
 
     fuse_lora: whether patches are merged before quantizing, else they stay patches. requantize: whether what is
     quantized already is decoded and quantized again. device: of DEVICES; "auto" is the GPU where there is one.
-    overrides: formats of single layers by name, see Recipe.
+    fit_gb: if not 0, the size of the result in GB: the layers that matter most then get larger formats of the target's
+    family, others smaller ones.
     """
 
     target: str
@@ -34,7 +37,7 @@ class QuantizeSettings:
     fuse_lora: bool = False
     requantize: bool = False
     device: str = DEVICES[0]
-    overrides: Mapping[str, str] | None = None
+    fit_gb: float = 0.0
 
 
 def available_targets() -> list[str]:
@@ -51,11 +54,11 @@ def quantize_model(patcher: Any, settings: QuantizeSettings) -> tuple[Any, str]:
     """(a MODEL of its own with quantized weights, report). The given one keeps every bit.
 
     Raises SnugError for a target that there is not or that is unavailable, a pattern that is no regular expression, and
-    a calibration of another model.
+    a calibration of another model, and for a size that cannot be reached.
     """
     quantizing = _quantizing(patcher, settings, NETWORK)
     new = _without_fused(reweight(patcher, quantizing.conversion), quantizing)
-    return new, quantizing.conversion.report(patcher, new)
+    return new, quantizing.report(patcher, new)
 
 
 def quantize_clip(clip: Any, settings: QuantizeSettings) -> tuple[Any, str]:
@@ -63,13 +66,20 @@ def quantize_clip(clip: Any, settings: QuantizeSettings) -> tuple[Any, str]:
     quantizing = _quantizing(clip.patcher, settings, "")
     new = reweight_clip(clip, quantizing.conversion)
     _without_fused(new.patcher, quantizing)
-    return new, quantizing.conversion.report(clip.patcher, new.patcher)
+    return new, quantizing.report(clip.patcher, new.patcher)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Quantizing:
+    """recipe: what becomes of layers; conversion: does it; mix: how it was chosen for a size."""
+
     recipe: Recipe
     conversion: Conversion
+    mix: Mix | None = None
+
+    def report(self, patcher: Any, new: Any) -> str:
+        report = self.conversion.report(patcher, new)
+        return f"{report}\n{self.mix.report()}" if self.mix else report
 
 
 def _quantizing(patcher: Any, settings: QuantizeSettings, prefix: str) -> _Quantizing:
@@ -91,7 +101,6 @@ def _quantizing(patcher: Any, settings: QuantizeSettings, prefix: str) -> _Quant
         [name.removeprefix(prefix) for name, _ in model.named_parameters()],
         skip=settings.skip,
         is_text_encoder=not prefix,
-        overrides=settings.overrides,
         importance=importance,
     )
     device = torch.device("cpu") if settings.device == "cpu" else encoding_device(patcher)
@@ -99,15 +108,44 @@ def _quantizing(patcher: Any, settings: QuantizeSettings, prefix: str) -> _Quant
         make_room(model, device)
     conversion = Conversion(
         f"quantized to {recipe.target.name}",
-        lambda layer: keeping_reason(recipe, layer),
-        lambda layer, weight: _packed(recipe, layer, weight),
+        lambda layer: keeping_reason(quantizing.recipe, layer),
+        lambda layer, weight: _packed(quantizing.recipe, layer, weight),
         prefix,
         device,
         patcher.patches if settings.fuse_lora else {},
         shared_weights(model),
         settings.requantize,
     )
-    return _Quantizing(recipe, conversion)
+    quantizing = _Quantizing(recipe, conversion)
+    if settings.fit_gb:
+        unload(model, patcher)  # weights are looked at before they are converted
+        quantizing.mix = _mix(patcher, quantizing, prefix, int(settings.fit_gb * 2**30))
+        quantizing.recipe = replace(recipe, overrides=quantizing.mix.overrides)
+    return quantizing
+
+
+def _mix(patcher: Any, quantizing: _Quantizing, prefix: str, budget: int) -> Mix:
+    """The formats that bring a model to `budget` bytes; shows progress and stops when the user cancels."""
+    conversion = quantizing.conversion
+    layers = {
+        layer_info(name.removeprefix(prefix), layer): (name, layer)
+        for name, layer in replaceable_layers(patcher.model)
+        if name.startswith(prefix) and conversion.converts(layer)
+    }
+    bar = comfy.utils.ProgressBar(max(1, len(layers)))
+
+    def progress(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, max(1, total))
+
+    return automatic_mix(
+        quantizing.recipe,
+        layers,
+        lambda layer: conversion.weight(*layers[layer]),
+        budget,
+        other_bytes=patcher.model_size() - sum(layer.weights * layer.dtype.itemsize for layer in layers),
+        progress=progress,
+    )
 
 
 def keeping_reason(recipe: Recipe, layer: LayerInfo) -> str | None:

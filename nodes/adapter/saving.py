@@ -168,7 +168,7 @@ def _marks(model: Any) -> dict[str, torch.Tensor]:
     """Tensors by whose presence ComfyUI knows how a model of Stable Diffusion predicts; they hold nothing."""
     marks: dict[str, torch.Tensor] = {}
     kind = comfy.model_base.ModelType
-    sampling = getattr(model, "model_sampling", None)
+    sampling: Any = getattr(model, "model_sampling", None)
     if model.model_type == kind.V_PREDICTION:
         marks["v_pred"] = torch.zeros(1)
         if getattr(sampling, "zsnr", False):

@@ -110,6 +110,22 @@ def test_calibration_of_another_model_is_refused(sd3: Any) -> None:
         quantize(sd3[1], calibration=Calibration({layer: statistics}, {}))
 
 
+def test_fitting_a_size(sd3: Any, model: Any) -> None:
+    _, dense = sd3
+    uniform, _ = quantize(dense, "GGUF Q4_K")
+    budget = int(uniform.model_size() * 1.15)
+    mixed, report = quantize(dense, "GGUF Q4_K", fit_gb=budget / 2**30)
+    assert uniform.model_size() < mixed.model_size() <= budget
+    formats = {layer.weight.params.format for _, layer in model.packed_modules(mixed.model)}
+    assert len(formats) > 1 and "automatic mix: " in report
+    assert f"{len(list(model.packed_modules(mixed.model)))} layers quantized" in report
+    wanted = model.run(dense, load=True)
+    errors = [model.relative_error(model.run(new, load=True), wanted) for new in (mixed, uniform)]
+    assert errors[0] < errors[1] < 0.2
+    with pytest.raises(SnugError, match="cannot be brought to"):
+        quantize(dense, fit_gb=0.001)
+
+
 def test_wrong_names(sd3: Any) -> None:
     with pytest.raises(SnugError, match="no quantization called 'Q9'"):
         quantize(sd3[1], "Q9")
