@@ -172,13 +172,28 @@ _TORCHAO = (
         _with(roundings.TORCHAO),
     ),
     *(family.target() for family in _TORCHAO_GROUPS),
-    Target(
-        "torchao int4",
-        "torchao",
-        lambda layer, block, blocks: None,
-        4.5,
-        unavailable="torchao's int4 weights are packed by kernels for one kind of GPU, from a package (mslk) that PyPI "
-        "does not have; choose bitsandbytes NF4, quanto int4 or a GGUF type of 4 bits.",
+    *(
+        Target(name, "torchao", lambda layer, block, blocks: None, bits, unavailable=reason)
+        for name, bits, reason in (
+            (
+                "torchao int4",
+                4.5,
+                "torchao's int4 weights are packed by kernels for one kind of GPU, of a package (mslk) that "
+                "PyPI does not have; choose bitsandbytes NF4, quanto int4 or a GGUF type of 4 bits.",
+            ),
+            (
+                "torchao int8 dynamic",
+                8.0,
+                "torchao's dynamic int8 also rounds the inputs of layers while a model runs, which Snug does not do; "
+                "choose torchao int8, which stores the same weights.",
+            ),
+            (
+                "torchao float8 dynamic",
+                8.0,
+                "torchao's dynamic float8 also rounds the inputs of layers while a model runs, which Snug does not do; "
+                "choose torchao float8, which stores the same weights.",
+            ),
+        )
     ),
 )
 

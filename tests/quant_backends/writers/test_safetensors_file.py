@@ -20,6 +20,7 @@ from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.kernels.dequantize import dequantize_packed, quantize_packed
 from snug.quant_backends.quantization import LayerInfo, make_recipe, targets
 from snug.quant_backends.readers.conventions import open_quantized_safetensors
+from snug.quant_backends.readers.safetensors_file import SafetensorsFile
 from snug.quant_backends.writers import CONVENTIONS, new_file, write_safetensors
 
 Tensors = dict[str, PackedTensor | torch.Tensor]
@@ -77,6 +78,8 @@ def test_what_is_written_is_read(target, tmp_path: Path) -> None:
     assert loaded.state_dict.keys() == tensors.keys()
     for name, value in tensors.items():
         same(loaded.state_dict[name], value, name)
+    for info in SafetensorsFile(path).tensors.values():
+        assert info.offset % info.dtype.itemsize == 0, "readers could not map it"
     with safe_open(path, "pt") as file:  # the safetensors library checks the header and finds no holes
         for name in file.keys():  # noqa: SIM118
             file.get_tensor(name)
