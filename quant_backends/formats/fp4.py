@@ -93,7 +93,7 @@ class MXFP4(Format):
         table = torch.tensor(_E2M1_DOUBLED, dtype=torch.float32, device=values.device)
         candidates = _e8m0_halves(values.device)[exponent] * table
         codes = (candidates.unsqueeze(1) - values.unsqueeze(2)).abs().argmin(2)
-        return torch.cat([exponent.to(torch.uint8), pack_nibbles(codes)], dim=1)
+        return torch.cat([exponent.to(torch.uint8), pack_nibbles(codes.to(torch.uint8))], dim=1)
 
 
 class NVFP4(Format):

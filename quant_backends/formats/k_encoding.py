@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import torch
 
-from .encoding import half_bytes, pack_nibbles
+from .encoding import half_bytes
 from .search import Affine, Symmetric, fit_affine, fit_symmetric
 
 Importance: TypeAlias = "torch.Tensor | None"
@@ -70,7 +70,7 @@ def encode_iq4_nl(values: torch.Tensor, importance: Importance, table: tuple[int
         zero_level=False,
     )
     codes = _table_codes(found, table)
-    return torch.cat([half_bytes(found.d), pack_nibbles(codes)], dim=1)
+    return torch.cat([half_bytes(found.d), _pack_halves(codes, 16)], dim=1)
 
 
 def encode_iq4_xs(values: torch.Tensor, importance: Importance, table: tuple[int, ...]) -> torch.Tensor:

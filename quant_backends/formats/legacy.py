@@ -131,4 +131,4 @@ class Q8_0(Format):
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, codes = by_magnitude(values, 127)
-        return torch.cat([half_bytes(scale), codes.to(torch.uint8)], dim=1)
+        return torch.cat([half_bytes(scale), codes.view(torch.uint8)], dim=1)

@@ -74,11 +74,14 @@ class BF16(_Plain):
 
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+        rounded = values.to(torch.bfloat16)
+        nan = rounded.isnan()
+        if values.device.type == "cpu" and not nan.any():
+            return rounded.view(torch.uint8)
         # torch makes every NaN the same; ggml keeps its sign and payload.
         bits = values.contiguous().view(torch.int32)
         kept = ((bits >> 16) | 64).to(torch.int16)
-        rounded = values.to(torch.bfloat16).view(torch.int16)
-        return torch.where(values.isnan(), kept, rounded).view(torch.uint8)
+        return torch.where(nan, kept, rounded.view(torch.int16)).view(torch.uint8)
 
 
 # Plain types of 16 bits as formats: a weight that stays as it is in its file is packed like any other.

@@ -11,7 +11,7 @@ import torch
 
 from .base import Format, Scratch
 from .encoding import by_magnitude, half_bytes
-from .tables import bit_bytes, lookup, shifts
+from .tables import bit_bytes, lookup
 from .words import column_words, extract, half_floats, number, scale_codes
 
 
@@ -41,15 +41,23 @@ class TQ1_0(Format):
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, codes = by_magnitude(values, 1)
-        digits = codes + 1
-        powers = 3 ** torch.arange(4, -1, -1, dtype=torch.int32, device=values.device).unsqueeze(1)
-        numbers = [
-            (digits[:, :160].view(-1, 5, 32) * powers).sum(1),
-            (digits[:, 160:240].view(-1, 5, 16) * powers).sum(1),
-            (digits[:, 240:].view(-1, 4, 4) * powers[:4]).sum(1),
-        ]
+        digits = codes.add_(1).view(torch.uint8)
+        none = torch.zeros_like(digits[:, :4])
+        runs = (
+            digits[:, :160].split(32, 1),
+            digits[:, 160:240].split(16, 1),
+            (*digits[:, 240:].split(4, 1), none),
+        )
+        numbers = []
+        for run in runs:
+            number = run[0]
+            for digit in run[1:]:
+                number = number * 3 + digit
+            numbers.append(number)
         # A fraction of 243, rounded up, in 256ths: so a digit is the carry of a multiplication by 3.
-        packed = (torch.cat(numbers, dim=1) * 256 + 242) // 243
+        packed = (
+            torch.cat(numbers, dim=1).to(torch.int32) * 256 + 242
+        ) * 34522 >> 23  # divided by 243
         return torch.cat([packed.to(torch.uint8), half_bytes(scale)], dim=1)
 
 
@@ -69,8 +77,8 @@ class TQ2_0(Format):
     @classmethod
     def encode(cls, values: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         scale, codes = by_magnitude(values, 1)
-        pairs = (codes + 1).view(-1, 2, 4, 32) << shifts(0, 2, 4, torch.int32, values.device).unsqueeze(1)
-        packed = pairs.sum(2).to(torch.uint8).view(-1, 64)
+        a, b, c, d = codes.add_(1).view(torch.int64).view(-1, 2, 4, 4).unbind(2)
+        packed = (a | b << 2 | c << 4 | d << 6).view(-1, 8).view(torch.uint8)
         return torch.cat([packed, half_bytes(scale)], dim=1)
 
 
