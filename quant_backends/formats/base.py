@@ -60,6 +60,7 @@ class Format:
     block_size: weights per block; block_bytes: bytes per block.
     dtype: the torch dtype of a plain type such as F16, else None.
     can_quantize: whether `quantize_blocks` is defined.
+    searches: whether it tries many scales or codes, for which it needs several times the memory.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Format:
     block_bytes: ClassVar[int]
     dtype: ClassVar[torch.dtype | None] = None
     can_quantize: ClassVar[bool] = False
+    searches: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.__name__

@@ -38,6 +38,7 @@ class IQ4_NL(Format):
     """d f16 | qs 16 bytes: weight j in the low, weight j+16 in the high nibble of byte j; d * value[q]."""
 
     ggml_type, block_size, block_bytes = 20, 32, 18
+    searches = True
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
@@ -57,6 +58,7 @@ class IQ4_XS(Format):
     """
 
     ggml_type, block_size, block_bytes = 23, 256, 136
+    searches = True
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
@@ -77,6 +79,7 @@ class MXFP4(Format):
     """e u8 | qs 16 bytes as in IQ4_NL; 2^(e - 128) * twice the e2m1 value (OCP microscaling)."""
 
     ggml_type, block_size, block_bytes = 39, 32, 17
+    searches = True
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:

@@ -45,6 +45,7 @@ class Q2_K(Format):
     """
 
     ggml_type, block_size, block_bytes = 10, 256, 84
+    searches = True
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
@@ -70,6 +71,7 @@ class Q3_K(Format):
     """
 
     ggml_type, block_size, block_bytes = 11, 256, 110
+    searches = True
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
@@ -109,6 +111,7 @@ class Q4_K(Format):
     """
 
     ggml_type, block_size, block_bytes = 12, 256, 144
+    searches = True
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
@@ -131,6 +134,7 @@ class Q5_K(Format):
     """
 
     ggml_type, block_size, block_bytes = 13, 256, 176
+    searches = True
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
@@ -162,6 +166,7 @@ class Q6_K(Format):
     """
 
     ggml_type, block_size, block_bytes = 14, 256, 210
+    searches = True
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:

@@ -55,9 +55,7 @@ class TQ1_0(Format):
                 number = number * 3 + digit
             numbers.append(number)
         # A fraction of 243, rounded up, in 256ths: so a digit is the carry of a multiplication by 3.
-        packed = (
-            torch.cat(numbers, dim=1).to(torch.int32) * 256 + 242
-        ) * 34522 >> 23  # divided by 243
+        packed = (torch.cat(numbers, dim=1).to(torch.int32) * 256 + 242) * 34522 >> 23  # divided by 243
         return torch.cat([packed.to(torch.uint8), half_bytes(scale)], dim=1)
 
 

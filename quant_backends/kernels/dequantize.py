@@ -111,7 +111,8 @@ def quantize(values: torch.Tensor, fmt: type[Format], importance: torch.Tensor |
     columns = values.shape[-1] if values.dim() else 1
     blocks = values.reshape(-1, fmt.block_size)
     packed = torch.empty((len(blocks), fmt.block_bytes), dtype=torch.uint8, device=values.device)
-    step = max(1, weights_per_chunk(values.device) // ENCODER_COST // fmt.block_size)
+    cost = ENCODER_COST if fmt.searches else ENCODER_COST // 4
+    step = max(1, weights_per_chunk(values.device) // cost // fmt.block_size)
     for start in range(0, len(blocks), step):
         chunk = blocks[start : start + step].float()
         part = None

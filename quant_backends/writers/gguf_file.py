@@ -173,7 +173,7 @@ def _pack(
             )
         return packed.contiguous().view(torch.uint8).view(-1)
     if quantizer is None:
-        packed = quantize(values.float(), planned.format)
+        packed = quantize(values, planned.format)
     else:
         packed = quantizer(values.float().contiguous(), planned.format.name)
     packed = packed.contiguous().view(-1)
