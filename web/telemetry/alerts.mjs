@@ -39,8 +39,7 @@ function outOfMemory(state, now) {
       id: `oom ${event.time}`,
       severity: "error",
       text: `Memory ran out${where}${node}.`,
-      advice:
-        "Choose a smaller size or batch, or put Memory Budget (Snug) or Group Offload (Snug) behind the model's loader.",
+      advice: "Choose a smaller size or batch, or put Memory Budget (Snug) or Group Offload (Snug) behind the loader.",
       ...(nodeId ? { action: { label: "Show the node", command: "focus", nodeId } } : {}),
     },
   ];
@@ -64,9 +63,7 @@ function fullness(device, sample) {
     return [{ ...alert, advice: `Close other programs, which take ${bytes(device.other)} (${share}).` }];
   }
   if (!sample.running && sample.models.length && device.weights + device.pages > 0) {
-    return [
-      { ...alert, advice: "Unload the models.", action: { label: "Unload all models", command: "unload" } },
-    ];
+    return [{ ...alert, advice: "Unload the models.", action: { label: "Unload all models", command: "unload" } }];
   }
   if (device.weights > device.total / 2) {
     return [{ ...alert, advice: "Load a smaller file of the model, such as a Q4_K GGUF." }];
@@ -96,7 +93,9 @@ function focus(prompt, device) {
     (best, next) => (!best || (next.peak[device] ?? 0) > (best.peak[device] ?? 0) ? next : best),
     /** @type {Snug.Node | null} */ (null),
   );
-  return node ? { action: { label: "Show the node with the highest peak", command: "focus", nodeId: node.node_id } } : {};
+  return node
+    ? { action: { label: "Show the node with the highest peak", command: "focus", nodeId: node.node_id } }
+    : {};
 }
 
 /** @param {Snug.Sample} sample @param {string} name */

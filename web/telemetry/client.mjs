@@ -173,7 +173,11 @@ export class TelemetryClient {
 
   async #history() {
     this.#historyTimer = undefined;
-    if (this.#isAsking || !this.#isLeased) return;
+    if (!this.#isLeased) return;
+    if (this.#isAsking) {
+      this.#askHistory(SOON_MS); // what is under way may not know yet what this is asked for
+      return;
+    }
     const generation = this.#generation;
     const since = this.#lastNumber;
     this.#isAsking = true;

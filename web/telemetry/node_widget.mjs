@@ -13,7 +13,7 @@ const HEIGHT = 72;
 const MARGIN = 10;
 const LONGEST_NAME = 32;
 
-/** What ComfyUI runs, from its own messages: all pages are told whether it does, and this one when its prompts begin. */
+/** What ComfyUI's own messages tell: every page whether anything runs, and this one when its prompts begin. */
 export class Queue {
   isBusy = false;
   /** Prompts of this page that have begun. */
@@ -51,7 +51,13 @@ export function addMonitorWidget(node, queue, client, store) {
   const [title, use] = [...heading.children];
   const bar = makeBar();
   const peak = h("div", { class: "snug-faint snug-peak-name" }, "The peak appears here when the workflow runs.");
-  const element = h("div", { class: "snug-monitor", "data-snug": "monitor", style: `min-height: ${HEIGHT}px` }, heading, bar, peak);
+  const element = h(
+    "div",
+    { class: "snug-monitor", "data-snug": "monitor", style: `min-height: ${HEIGHT}px` },
+    heading,
+    bar,
+    peak,
+  );
   const widget = node.addDOMWidget("snug_memory", "SNUG_MEMORY", element, {
     serialize: false, // not an input of the node
     hideOnZoom: true,
@@ -64,7 +70,7 @@ export function addMonitorWidget(node, queue, client, store) {
   /** @type {(() => void) | undefined} */ let unsubscribe;
   let frame = 0;
   /** Of the prompt of this number the node has reported its peak, which later nodes do not change. */
-  let reported = 0;
+  let reported = -1;
 
   function draw() {
     frame = 0;
@@ -74,7 +80,7 @@ export function addMonitorWidget(node, queue, client, store) {
     setText(title, device.title);
     setText(use, `${bytes(used(device))} of ${bytes(device.total)}`);
     updateBar(bar, device);
-    if (state.running && !(reported && reported === queue.begun)) showPeak(state.running);
+    if (state.running && reported !== queue.begun) showPeak(state.running);
   }
 
   /** @param {Snug.Prompt} prompt */

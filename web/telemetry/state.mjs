@@ -91,7 +91,7 @@ function merged(known, more) {
 
 /** @param {Snug.Prompt[]} known @param {Snug.Prompt[]} more */
 function mergedPrompts(known, more) {
-  const all = new Map([...known, ...more].map((prompt) => [`${prompt.prompt_id} ${prompt.started}`, prompt]));
+  const all = new Map([...known, ...more].map((prompt) => [prompt.prompt_id, prompt]));
   return [...all.values()].sort((one, other) => one.started - other.started).slice(-MOST_PROMPTS);
 }
 
@@ -109,7 +109,9 @@ export function latest(state) {
 
 /** Prompts to choose from, the newest first. @param {Snug.State} state @returns {Snug.Prompt[]} */
 export function promptsOf(state) {
-  return [...(state.running ? [state.running] : []), ...[...state.prompts].reverse()];
+  const { running } = state;
+  const ended = state.prompts.filter(({ prompt_id }) => prompt_id !== running?.prompt_id).reverse();
+  return running ? [running, ...ended] : ended;
 }
 
 /**

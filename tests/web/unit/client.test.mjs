@@ -106,7 +106,10 @@ test("nothing happens before somebody looks, nor after the last one does", async
   api.requests = [];
   releases[1]();
   await clock.pass(60);
-  assert.deepEqual(api.requests.map(({ body }) => body), [{ client_id: "me", seconds: 0, push: false }]);
+  assert.deepEqual(
+    api.requests.map(({ body }) => body),
+    [{ client_id: "me", seconds: 0, push: false }],
+  );
   assert.deepEqual([clock.timers.size, [...api.listeners.values()].every((found) => !found.size)], [0, true]);
   assert.equal(store.state.connection, "off");
 });
@@ -144,7 +147,10 @@ test("a lease that is granted after closing is given back", async () => {
   const { api, clock, client } = setUp();
   client.watch()();
   await clock.pass(1);
-  assert.deepEqual(api.take("/lease").map(({ seconds }) => seconds), [15, 0]);
+  assert.deepEqual(
+    api.take("/lease").map(({ seconds }) => seconds),
+    [15, 0],
+  );
 });
 
 test("while a prompt runs its nodes are asked for, soon after one began and every few seconds", async () => {
@@ -169,6 +175,29 @@ test("while a prompt runs its nodes are asked for, soon after one began and ever
   client.refresh();
   await clock.pass(1);
   assert.deepEqual(api.take("/history"), [asked(11, 1010.5)]);
+});
+
+test("what happens while a request is under way is asked for again", async () => {
+  const { api, clock, client, store } = setUp();
+  client.watch();
+  await clock.pass(1);
+  /** @type {() => void} */
+  let answer = () => {};
+  const fetchApi = api.fetchApi.bind(api);
+  api.fetchApi = async (route, options) => {
+    const early = await fetchApi(route, options);
+    if (route.includes("/history")) await new Promise((resolve) => (answer = () => resolve(null)));
+    return early;
+  };
+  client.refresh();
+  await clock.pass(0.5);
+  api.fetchApi = fetchApi;
+  api.history = history({ prompts: [prompt("p")] });
+  api.send("status");
+  await clock.pass(0.5);
+  answer();
+  await clock.pass(0.5);
+  assert.equal(store.state.prompts.length, 1);
 });
 
 test("a change of the queue is looked at once", async () => {
@@ -221,7 +250,10 @@ test("after a restart of the server all is asked anew, with the new name", async
   api.send("reconnected");
   await clock.pass(1);
   assert.equal(api.take("/lease")[0].client_id, "new");
-  assert.deepEqual(store.state.samples.map(({ number }) => number), [1, 2]);
+  assert.deepEqual(
+    store.state.samples.map(({ number }) => number),
+    [1, 2],
+  );
 });
 
 test("a server that counts anew is noticed without a lost connection", async () => {
@@ -232,7 +264,10 @@ test("a server that counts anew is noticed without a lost connection", async () 
   api.history = history({ samples: [sample(1), sample(2)] });
   api.send(EVENT, sample(2));
   await clock.pass(1);
-  assert.deepEqual(store.state.samples.map(({ number }) => number), [1, 2]);
+  assert.deepEqual(
+    store.state.samples.map(({ number }) => number),
+    [1, 2],
+  );
 });
 
 test("answers of a real server: what it explains, what it has not, and what is no JSON", async () => {

@@ -7,7 +7,16 @@ const [MB, GB] = [2 ** 20, 2 ** 30];
 test("sizes are what the server's report says", () => {
   const cases = [0, 1, MB - 1, MB, 1.6 * MB, 1023 * MB, GB, 6.207 * GB, 99.99 * GB, 640 * GB];
   assert.deepEqual(cases.map(bytes), [
-    "0 MB", "<1 MB", "<1 MB", "1 MB", "2 MB", "1023 MB", "1.00 GB", "6.21 GB", "99.99 GB", "640 GB",
+    "0 MB",
+    "<1 MB",
+    "<1 MB",
+    "1 MB",
+    "2 MB",
+    "1023 MB",
+    "1.00 GB",
+    "6.21 GB",
+    "99.99 GB",
+    "640 GB",
   ]);
   assert.equal(bytes(-2 * GB), "−2.00 GB");
 });
@@ -19,7 +28,16 @@ test("an axis has no needless digits", () => {
 test("durations", () => {
   const cases = [-1, 0.004, 9.99, 9.996, 59.94, 59.96, 61, 3599, 3600, 7260];
   assert.deepEqual(cases.map(seconds), [
-    "0.00 s", "0.00 s", "9.99 s", "10.0 s", "59.9 s", "1 min 00 s", "1 min 01 s", "59 min 59 s", "1 h 00 min", "2 h 01 min",
+    "0.00 s",
+    "0.00 s",
+    "9.99 s",
+    "10.0 s",
+    "59.9 s",
+    "1 min 00 s",
+    "1 min 01 s",
+    "59 min 59 s",
+    "1 h 00 min",
+    "2 h 01 min",
   ]);
 });
 
@@ -32,6 +50,9 @@ test("times of day are of two digits each", () => {
 });
 
 test("words", () => {
-  assert.deepEqual([plural(1, "node"), plural(0, "node"), plural(2, "entry", "entries")], ["1 node", "0 nodes", "2 entries"]);
+  assert.deepEqual(
+    [plural(1, "node"), plural(0, "node"), plural(2, "entry", "entries")],
+    ["1 node", "0 nodes", "2 entries"],
+  );
   assert.deepEqual([shorten("KSampler", 8), shorten("KSampler", 5), shorten("ab", 0)], ["KSampler", "KSam…", "…"]);
 });

@@ -12,9 +12,15 @@ const middle = { _nodes: [node(7, { subgraph: inner })] };
 /** @type {Comfy.Graph} */
 const root = {
   nodes: [
-    node(1, { comfyClass: "SnugLoadDiffusionModel", widgets: [widget("model_name", "a.gguf"), widget("compute_dtype", "auto")] }),
+    node(1, {
+      comfyClass: "SnugLoadDiffusionModel",
+      widgets: [widget("model_name", "a.gguf"), widget("compute_dtype", "auto")],
+    }),
     node(2, { subgraph: middle }),
-    node(4, { comfyClass: "SnugLoadTextEncoders", widgets: [widget("text_encoder_1", "t5.gguf"), widget("text_encoder_2", "none")] }),
+    node(4, {
+      comfyClass: "SnugLoadTextEncoders",
+      widgets: [widget("text_encoder_1", "t5.gguf"), widget("text_encoder_2", "none")],
+    }),
     node(5, { type: "DualCLIPLoader", mode: 4, widgets: [widget("clip_name1", "bypassed.gguf")] }),
     node(6, { type: "CheckpointLoaderSimple", mode: 2, widgets: [widget("ckpt_name", "muted.safetensors")] }),
     node(8, { type: "UNETLoader", widgets: [widget("unet_name", "b.safetensors")] }),

@@ -1,14 +1,32 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 import {
-  areas, byteTicks, highest, lanes, partHelp, partName, PARTS, pointAt, segments, thin, timeScale, timeTicks, used,
+  areas,
+  byteTicks,
+  highest,
+  lanes,
+  partHelp,
+  partName,
+  PARTS,
+  pointAt,
+  segments,
+  thin,
+  timeScale,
+  timeTicks,
+  used,
 } from "../../../web/telemetry/layout.mjs";
 import { device, node, point } from "./records.mjs";
 
 test("the parts of a bar are shares of the device, and make up all of it", () => {
   const found = segments(device());
-  assert.deepEqual(found.map(({ part }) => part), ["weights", "activations", "cache", "other", "free"]);
-  assert.equal(found.reduce((sum, { share }) => sum + share, 0), 1);
+  assert.deepEqual(
+    found.map(({ part }) => part),
+    ["weights", "activations", "cache", "other", "free"],
+  );
+  assert.equal(
+    found.reduce((sum, { share }) => sum + share, 0),
+    1,
+  );
   assert.equal(found[0].share, 0.4);
 });
 
@@ -33,7 +51,10 @@ test("ticks are round, few, and never above the top", () => {
     assert.ok(ticks.length <= 5 && ticks[0] === 0 && (ticks.at(-1) ?? 0) <= top);
     assert.ok(ticks.every((value) => value % 2 ** 20 === 0));
   }
-  assert.deepEqual(byteTicks(24 * 2 ** 30, 4), [0, 8, 16, 24].map((size) => size * 2 ** 30));
+  assert.deepEqual(
+    byteTicks(24 * 2 ** 30, 4),
+    [0, 8, 16, 24].map((size) => size * 2 ** 30),
+  );
   assert.deepEqual(timeTicks(10, 4), [0, 5, 10]);
   assert.deepEqual(timeTicks(0.05, 4), [0]);
   assert.ok(timeTicks(100000, 4).length <= 5);
@@ -59,7 +80,10 @@ test("areas lie on top of one another, and empty ones are left out", () => {
   const scale = timeScale(0, 10, 0, 100);
   const box = { left: 0, right: 100, y: (/** @type {number} */ value) => 100 - value };
   const found = areas([point(0, 10, 5), point(10, 20, 5)], scale, box);
-  assert.deepEqual(found.map(({ part }) => part), ["weights", "activations"]);
+  assert.deepEqual(
+    found.map(({ part }) => part),
+    ["weights", "activations"],
+  );
   assert.equal(found[0].path, "M0,90L0,90L100,80L100,80L100,100L100,100L0,100L0,100Z");
   assert.equal(found[1].path, "M0,85L0,85L100,75L100,75L100,80L100,80L0,90L0,90Z");
   assert.deepEqual(areas([], scale, box), []);
@@ -74,7 +98,14 @@ test("nodes that run one after the other share a lane, others do not", () => {
     node("d", { started: 20, ended: null }),
   ];
   const { bars, left } = lanes(nodes, scale, 100, 2);
-  assert.deepEqual(bars.map((bar) => [bar.node.node_id, bar.lane]), [["a", 0], ["c", 1], ["b", 0]]);
+  assert.deepEqual(
+    bars.map((bar) => [bar.node.node_id, bar.lane]),
+    [
+      ["a", 0],
+      ["c", 1],
+      ["b", 0],
+    ],
+  );
   assert.equal(left, 1);
   const last = lanes([nodes[3]], scale, 100, 2).bars[0];
   assert.deepEqual([last.x, last.width], [200, 800]);
@@ -83,7 +114,10 @@ test("nodes that run one after the other share a lane, others do not", () => {
 
 test("the point under the pointer is the last one before it", () => {
   const points = [point(0, 1), point(5, 2), point(9, 3)];
-  assert.deepEqual([-1, 0, 4.9, 5, 100].map((time) => pointAt(points, time).weights), [1, 1, 1, 2, 3]);
+  assert.deepEqual(
+    [-1, 0, 4.9, 5, 100].map((time) => pointAt(points, time).weights),
+    [1, 1, 1, 2, 3],
+  );
 });
 
 test("the highest peak is that of the device that is shown", () => {

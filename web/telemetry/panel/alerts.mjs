@@ -24,7 +24,8 @@ export function makeAlerts(actions) {
       h("strong", {}, severity === "error" ? "Error: " : "Warning: "),
       `${text} `,
       h("span", { class: "snug-advice" }, advice),
-      action && h("button", { type: "button", class: "snug-button snug-small", onclick: () => run(action) }, action.label),
+      action &&
+        h("button", { type: "button", class: "snug-button snug-small", onclick: () => run(action) }, action.label),
     );
   }
 

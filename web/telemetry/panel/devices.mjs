@@ -35,10 +35,7 @@ function updateDevice(element, device) {
   set(element, { "data-bytes": busy, "data-total": device.total });
   const isNamed = device.title !== device.name && device.is_gpu;
   setText(find(element, ".snug-name"), isNamed ? `${device.title} (${device.name})` : device.title);
-  setText(
-    find(element, ".snug-use"),
-    `${bytes(busy)} of ${bytes(device.total)} used (${percent(busy, device.total)})`,
-  );
+  setText(find(element, ".snug-use"), `${bytes(busy)} of ${bytes(device.total)} used (${percent(busy, device.total)})`);
   updateBar(find(element, ".snug-bar"), device);
   keyed(
     find(element, ".snug-legend"),

@@ -57,6 +57,7 @@ export function setText(node, text) {
  * @param {(element: any, item: Item) => void} [update] also called for what was just made
  */
 export function keyed(parent, items, keyOf, make, update) {
+  const focused = document.activeElement;
   const before = new Map([...parent.children].map((child) => [child.getAttribute("data-key"), child]));
   let next = parent.firstElementChild;
   for (const item of items) {
@@ -72,6 +73,10 @@ export function keyed(parent, items, keyOf, make, update) {
     update?.(element, item);
   }
   for (const element of before.values()) element.remove();
+  // Browsers take the focus away from what is moved.
+  if (focused instanceof HTMLElement && focused !== document.activeElement && parent.contains(focused)) {
+    focused.focus({ preventScroll: true });
+  }
 }
 
 /** @param {Element} root @param {string} selector @returns {HTMLElement} one that is known to be there */

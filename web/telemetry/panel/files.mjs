@@ -14,21 +14,44 @@ import { h } from "./dom.mjs";
 export function makeExport(app, client, current) {
   const format = h(
     "select",
-    { class: "snug-input", "aria-label": "Format of the file", title: "CSV has a line for each node, JSON the timeline as well." },
+    {
+      class: "snug-input",
+      "aria-label": "Format of the file",
+      title: "CSV has a line for each node, JSON the timeline as well.",
+    },
     h("option", { value: "csv" }, "CSV"),
     h("option", { value: "json" }, "JSON"),
   );
   const save = h(
     "button",
-    { type: "button", class: "snug-button", "data-action": "save", title: "Writes the file below ComfyUI's output folder", onclick: onSave },
+    {
+      type: "button",
+      class: "snug-button",
+      "data-action": "save",
+      title: "Writes the file below ComfyUI's output folder",
+      onclick: onSave,
+    },
     "Save",
   );
   const download = h(
     "button",
-    { type: "button", class: "snug-button", "data-action": "download", title: "Downloads the file to this computer", onclick: onDownload },
+    {
+      type: "button",
+      class: "snug-button",
+      "data-action": "download",
+      title: "Downloads the file to this computer",
+      onclick: onDownload,
+    },
     "Download",
   );
-  const element = h("div", { class: "snug-buttons", "data-snug": "export" }, h("span", {}, "Export"), format, save, download);
+  const element = h(
+    "div",
+    { class: "snug-buttons", "data-snug": "export" },
+    h("span", {}, "Export"),
+    format,
+    save,
+    download,
+  );
 
   async function onSave() {
     const { prompt } = current();

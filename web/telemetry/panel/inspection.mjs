@@ -36,7 +36,11 @@ function count(number) {
 function verdict(fit) {
   const sign = fit.offloaded > 0 ? "⚠" : "✓";
   const kind = fit.offloaded > 0 ? "snug-verdict snug-warning" : "snug-verdict";
-  return h("p", { class: kind, "data-bytes": fit.weights }, `${sign} ${fit.verdict}${fit.streaming ? ` ${fit.streaming}` : ""}`);
+  return h(
+    "p",
+    { class: kind, "data-bytes": fit.weights },
+    `${sign} ${fit.verdict}${fit.streaming ? ` ${fit.streaming}` : ""}`,
+  );
 }
 
 /** @param {Element[]} rows */
@@ -59,7 +63,13 @@ function formatRow(use, found) {
 /** @param {Snug.Inspection["groups"][number]} group @param {number} whole */
 function groupRow(group, whole) {
   const blocks = Object.keys(group.blocks).length;
-  return row(group.name, blocks > 1 ? plural(blocks, "block") : plural(group.tensors, "tensor"), group.bytes, whole, "");
+  return row(
+    group.name,
+    blocks > 1 ? plural(blocks, "block") : plural(group.tensors, "tensor"),
+    group.bytes,
+    whole,
+    "",
+  );
 }
 
 /** @param {string} name @param {string} about @param {number} size @param {number} whole @param {string} help */
@@ -75,7 +85,11 @@ function row(name, about, size, whole, help) {
       h("span", { class: "snug-faint snug-about" }, about),
       h("span", {}, `${bytes(size)} (${percent(size, whole)})`),
     ),
-    h("div", { class: "snug-meter", "aria-hidden": "true" }, h("div", { class: "snug-weights", style: `width: ${width.toFixed(1)}%` })),
+    h(
+      "div",
+      { class: "snug-meter", "aria-hidden": "true" },
+      h("div", { class: "snug-weights", style: `width: ${width.toFixed(1)}%` }),
+    ),
   );
 }
 
@@ -87,7 +101,9 @@ function tensors({ match, no_match, notes }) {
     if (match.missing.length) texts.push(`Missing: ${names(match.missing)}`);
     if (match.unexpected.length) texts.push(`Unexpected: ${names(match.unexpected)}`);
   } else if (no_match) texts.unshift(`Not compared with a model: ${no_match}`);
-  return texts.map((text) => h("p", { class: /^(Missing|Unexpected)/.test(text) ? "snug-warning" : "snug-faint" }, text));
+  return texts.map((text) =>
+    h("p", { class: /^(Missing|Unexpected)/.test(text) ? "snug-warning" : "snug-faint" }, text),
+  );
 }
 
 /** @param {string[]} all */

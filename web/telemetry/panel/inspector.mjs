@@ -28,7 +28,13 @@ export function makeInspector(app, client) {
   const copy = h("button", { type: "button", class: "snug-button snug-small", onclick: onCopy }, "Copy report");
   const text = h("details", {}, h("summary", {}, "Full report"), report, copy);
   const result = h("div", { hidden: "", "aria-live": "polite" }, picture, text);
-  const element = section("Inspect a model file", { "data-snug": "inspector", ontoggle: onToggle }, form, problem, result);
+  const element = section(
+    "Inspect a model file",
+    { "data-snug": "inspector", ontoggle: onToggle },
+    form,
+    problem,
+    result,
+  );
   element.open = false;
   let isListed = false;
 
@@ -55,7 +61,9 @@ export function makeInspector(app, client) {
         h(
           "optgroup",
           { label: folder },
-          ...files.filter((file) => file.folder === folder).map(({ name }) => h("option", { value: `${folder}/${name}` }, name)),
+          ...files
+            .filter((file) => file.folder === folder)
+            .map(({ name }) => h("option", { value: `${folder}/${name}` }, name)),
         ),
       ),
     );
@@ -113,7 +121,16 @@ export function makeInspector(app, client) {
 
 /** @param {string} name @param {number} value @param {number} min @param {number} max @param {string} help */
 function number(name, value, min, max, help) {
-  const input = h("input", { type: "number", class: "snug-input", value, min, max, step: 1, required: "", "data-input": name.toLowerCase() });
+  const input = h("input", {
+    type: "number",
+    class: "snug-input",
+    value,
+    min,
+    max,
+    step: 1,
+    required: "",
+    "data-input": name.toLowerCase(),
+  });
   const element = h("label", { class: "snug-field", title: `${name}: ${help}` }, `${name} `, input);
   return { element, value: () => Math.round(input.valueAsNumber) };
 }

@@ -20,7 +20,13 @@ export function makeModels(actions) {
       seen.set(name, (seen.get(name) ?? 0) + 1);
       return { model, key: `${name} ${seen.get(name)}`, isOne: models.length === 1 };
     });
-    keyed(list, named, ({ key }) => key, () => makeModel(actions), (row, { model, isOne }) => updateModel(row, model, isOne));
+    keyed(
+      list,
+      named,
+      ({ key }) => key,
+      () => makeModel(actions),
+      (row, { model, isOne }) => updateModel(row, model, isOne),
+    );
     none.hidden = models.length > 0;
   }
   return { element, update };
@@ -89,4 +95,3 @@ function where(model) {
   if (model.pinned) parts.push(`${bytes(model.pinned)} pinned`);
   return `${parts.join(", ")}; ${bytes(model.total)} in all${model.is_paged ? ", paged by ComfyUI" : ""}`;
 }
-

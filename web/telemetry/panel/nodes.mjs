@@ -27,7 +27,12 @@ const COLUMNS = [
     value: (node, device) => node.added[device] ?? 0,
     isDescending: true,
   },
-  { name: "Time", help: "How long the node ran", value: (node, _, now) => (node.ended ?? now) - node.started, isDescending: true },
+  {
+    name: "Time",
+    help: "How long the node ran",
+    value: (node, _, now) => (node.ended ?? now) - node.started,
+    isDescending: true,
+  },
 ];
 
 /** @param {{focus: (nodeId: string) => void}} actions */
@@ -76,8 +81,12 @@ export function makeNodes(actions) {
       set(header, { "aria-sort": at !== sortedBy ? "none" : isDescending ? "descending" : "ascending" });
     });
     set(table, { "aria-label": `Nodes by memory${device && device !== "cpu" ? ` on ${device}` : ""}` });
-    keyed(body, showsAll ? sorted : sorted.slice(0, MOST), keyOf, (node) => makeRow(node, actions), (row, node) =>
-      updateRow(row, node, device, now, highest),
+    keyed(
+      body,
+      showsAll ? sorted : sorted.slice(0, MOST),
+      keyOf,
+      (node) => makeRow(node, actions),
+      (row, node) => updateRow(row, node, device, now, highest),
     );
     table.hidden = !sorted.length;
     none.hidden = sorted.length > 0;
@@ -103,7 +112,12 @@ function makeRow(node, actions) {
       h("button", { type: "button", class: "snug-link", title: `${node.title}\nShow this node` }, node.title),
       h("span", { class: "snug-state" }),
     ),
-    h("td", {}, h("span", {}), h("div", { class: "snug-meter", "aria-hidden": "true" }, h("div", { class: "snug-peak" }))),
+    h(
+      "td",
+      {},
+      h("span", {}),
+      h("div", { class: "snug-meter", "aria-hidden": "true" }, h("div", { class: "snug-peak" })),
+    ),
     h("td", {}),
     h("td", {}),
   );

@@ -16,7 +16,13 @@ import { makeInspector } from "./inspector.mjs";
 import { makeModels } from "./models.mjs";
 import { makePrompts } from "./prompts.mjs";
 
-const CONNECTIONS = { off: "", connecting: "Connecting…", live: "Live", waiting: "Waiting", unavailable: "Not available" };
+const CONNECTIONS = {
+  off: "",
+  connecting: "Connecting…",
+  live: "Live",
+  waiting: "Waiting",
+  unavailable: "Not available",
+};
 
 /**
  * @param {HTMLElement} container emptied first
@@ -34,7 +40,11 @@ export function mountPanel(container, app, client, store) {
   let stopWatching;
   let frame = 0;
 
-  const actions = { unload, focus, focusTitle: (/** @type {string} */ title) => focus(title.slice(title.lastIndexOf("#") + 1)) };
+  const actions = {
+    unload,
+    focus,
+    focusTitle: (/** @type {string} */ title) => focus(title.slice(title.lastIndexOf("#") + 1)),
+  };
   const status = h("span", { class: "snug-status" });
   const problem = h("p", { class: "snug-problem", hidden: "" });
   const spoken = h("div", { class: "snug-unseen", role: "status", "aria-live": "polite" });
@@ -116,7 +126,9 @@ export function mountPanel(container, app, client, store) {
   }
 
   async function unload() {
-    const when = store.state.running ? "They are unloaded when the running prompt has ended." : "ComfyUI unloads its models.";
+    const when = store.state.running
+      ? "They are unloaded when the running prompt has ended."
+      : "ComfyUI unloads its models.";
     try {
       await client.post("/free", { unload_models: true });
       toast(app, "info", "Unloading", when);

@@ -15,7 +15,11 @@ const NEWEST = "newest";
 
 /** @param {{focus: (nodeId: string) => void}} actions @param {HTMLElement} exporter */
 export function makePrompts(actions, exporter) {
-  const choice = h("select", { class: "snug-input snug-wide", "aria-label": "Prompt to show", onchange: () => redraw() });
+  const choice = h("select", {
+    class: "snug-input snug-wide",
+    "aria-label": "Prompt to show",
+    onchange: () => redraw(),
+  });
   const caption = h("p", { class: "snug-caption" });
   const timeline = makeTimeline(actions);
   const nodes = makeNodes(actions);
@@ -31,8 +35,17 @@ export function makePrompts(actions, exporter) {
   function update(state) {
     shown = state;
     const prompts = promptsOf(state);
-    const entries = [{ key: NEWEST, text: "Newest prompt" }, ...prompts.map((prompt) => ({ key: prompt.prompt_id, text: label(prompt) }))];
-    keyed(choice, entries, ({ key }) => key, ({ key }) => h("option", { value: key }), (option, { text }) => setText(option, text));
+    const entries = [
+      { key: NEWEST, text: "Newest prompt" },
+      ...prompts.map((prompt) => ({ key: prompt.prompt_id, text: label(prompt) })),
+    ];
+    keyed(
+      choice,
+      entries,
+      ({ key }) => key,
+      ({ key }) => h("option", { value: key }),
+      (option, { text }) => setText(option, text),
+    );
     choice.hidden = !prompts.length;
     const prompt = chosenPrompt(state, choice.value);
     const now = latest(state)?.time ?? 0;
@@ -51,7 +64,15 @@ function drawn(state, prompt, now) {
     const end = prompt.ended ?? Math.max(now, prompt.started);
     const isGpu = prompt.device !== "cpu";
     const events = state.events.filter(({ time }) => time >= prompt.started && time <= end);
-    return { device: prompt.device, isGpu, points: prompt.timeline, nodes: prompt.nodes, events, start: prompt.started, end };
+    return {
+      device: prompt.device,
+      isGpu,
+      points: prompt.timeline,
+      nodes: prompt.nodes,
+      events,
+      start: prompt.started,
+      end,
+    };
   }
   const device = latest(state)?.devices[0];
   const points = recentPoints(state, RECENT);

@@ -1,8 +1,20 @@
 // @ts-check
-/** Memory over the time of a prompt, its nodes below, and the highest peak. Drawn as SVG, which takes the page's colours. */
+/** Memory over the time of a prompt, its nodes below, and the highest peak; SVG takes the page's colours by itself. */
 
 import { axisBytes, bytes, seconds, shorten } from "../format.mjs";
-import { AREAS, areas, byteTicks, highest, lanes, partName, peakOf, pointAt, timeScale, timeTicks, used } from "../layout.mjs";
+import {
+  AREAS,
+  areas,
+  byteTicks,
+  highest,
+  lanes,
+  partName,
+  peakOf,
+  pointAt,
+  timeScale,
+  timeTicks,
+  used,
+} from "../layout.mjs";
 import { freshId, h, set, setText, svg } from "./dom.mjs";
 
 const LEFT = 52;
@@ -19,7 +31,11 @@ const NODE_COLOURS = 6;
 const HEADROOM = 1.12;
 
 /** Patterns on top of the colours: lines are hatched, the rest dotted; distances in pixels. */
-const PATTERNS = { pages: { kind: "lines", distance: 6 }, activations: { kind: "dots", distance: 7 }, cache: { kind: "lines", distance: 10 } };
+const PATTERNS = {
+  pages: { kind: "lines", distance: 6 },
+  activations: { kind: "dots", distance: 7 },
+  cache: { kind: "lines", distance: 10 },
+};
 
 /**
  * @typedef {{device: string, isGpu: boolean, points: Snug.Point[], nodes: Snug.Node[], events: Snug.Event[],
@@ -29,7 +45,11 @@ const PATTERNS = { pages: { kind: "lines", distance: 6 }, activations: { kind: "
 export function makeTimeline(actions) {
   /** @type {Map<string, string>} */
   const patterns = new Map(Object.keys(PATTERNS).map((part) => [part, freshId(part)]));
-  const defs = svg("defs", {}, ...Object.entries(PATTERNS).map(([part, look]) => pattern(patterns.get(part) ?? "", look)));
+  const defs = svg(
+    "defs",
+    {},
+    ...Object.entries(PATTERNS).map(([part, look]) => pattern(patterns.get(part) ?? "", look)),
+  );
   const content = svg("g", {});
   const cursor = svg("line", { class: "snug-cursor", y1: TOP, y2: TOP + AREA, visibility: "hidden" });
   const picture = svg(
@@ -64,12 +84,15 @@ export function makeTimeline(actions) {
     const right = width - RIGHT;
     const scale = timeScale(now.start, now.end, LEFT, right);
     const peakNode = highest(now.nodes, now.device);
-    const most = now.points.reduce((top, at) => Math.max(top, used(at) + at.cache), peakNode ? peakOf(peakNode, now.device) : 1);
+    const most = now.points.reduce(
+      (top, at) => Math.max(top, used(at) + at.cache),
+      peakNode ? peakOf(peakNode, now.device) : 1,
+    );
     const top = Math.max(most, 1) * HEADROOM;
     const y = (/** @type {number} */ value) => TOP + AREA - (value / top) * AREA;
     const placed = lanes(now.nodes, scale, now.end, LANES);
-    const used_lanes = placed.bars.reduce((count, bar) => Math.max(count, bar.lane + 1), 0);
-    const height = TOP + AREA + AXIS + used_lanes * LANE + 2;
+    const usedLanes = placed.bars.reduce((count, bar) => Math.max(count, bar.lane + 1), 0);
+    const height = TOP + AREA + AXIS + usedLanes * LANE + 2;
     set(picture, { width, height, viewBox: `0 0 ${width} ${height}`, "aria-label": describe(now, peakNode) });
     content.replaceChildren(
       ...grid(top, y, right),
@@ -96,11 +119,26 @@ export function makeTimeline(actions) {
     return [
       svg(
         "g",
-        { class: "snug-lane", "data-node-id": node.node_id, "data-state": node.state, onclick: () => actions.focus(node.node_id) },
+        {
+          class: "snug-lane",
+          "data-node-id": node.node_id,
+          "data-state": node.state,
+          onclick: () => actions.focus(node.node_id),
+        },
         svg("title", {}, `${node.title}\npeak ${bytes(peakOf(node, shown?.device ?? ""))}`),
-        svg("rect", { x, y, width: bar.width, height: LANE - 4, rx: 2, class: `snug-node-${colour}${isPeak ? " snug-highest" : ""}` }),
-        ...node.steps.map((time) => svg("line", { class: "snug-step", x1: scale.x(time), x2: scale.x(time), y1: y + LANE - 8, y2: y + LANE - 4 })),
-        letters >= 4 && svg("text", { x: x + 4, y: y + LANE - 8, class: "snug-lane-name" }, shorten(node.title, letters)),
+        svg("rect", {
+          x,
+          y,
+          width: bar.width,
+          height: LANE - 4,
+          rx: 2,
+          class: `snug-node-${colour}${isPeak ? " snug-highest" : ""}`,
+        }),
+        ...node.steps.map((time) =>
+          svg("line", { class: "snug-step", x1: scale.x(time), x2: scale.x(time), y1: y + LANE - 8, y2: y + LANE - 4 }),
+        ),
+        letters >= 4 &&
+          svg("text", { x: x + 4, y: y + LANE - 8, class: "snug-lane-name" }, shorten(node.title, letters)),
       ),
     ];
   }
@@ -133,10 +171,17 @@ function pattern(id, { kind, distance }) {
       ? svg("circle", { cx: 2, cy: 2, r: 0.9, class: "snug-dot" })
       : svg("line", { x1: 0, y1: 0, x2: 0, y2: distance, class: "snug-hatch" });
   const turned = kind === "dots" ? null : "rotate(45)";
-  return svg("pattern", { id, width: distance, height: distance, patternUnits: "userSpaceOnUse", patternTransform: turned }, mark);
+  return svg(
+    "pattern",
+    { id, width: distance, height: distance, patternUnits: "userSpaceOnUse", patternTransform: turned },
+    mark,
+  );
 }
 
-/** A triangle on the axis, up for a load and down for an unload; a cross where memory ran out. @param {Snug.Event} event @param {number} x */
+/**
+ * A triangle on the axis, up for a load and down for an unload; a cross where memory ran out.
+ * @param {Snug.Event} event @param {number} x
+ */
 function eventMark(event, x) {
   const y = TOP + AREA;
   const paths = {
@@ -145,7 +190,11 @@ function eventMark(event, x) {
     oom: `M${x - 4},${y - 8}l8,8m0,-8l-8,8`,
     retry: `M${x - 3},${y - 4}h6`,
   };
-  const mark = svg("path", { class: `snug-event snug-event-${event.kind}`, d: paths[event.kind], "data-event": event.kind });
+  const mark = svg("path", {
+    class: `snug-event snug-event-${event.kind}`,
+    d: paths[event.kind],
+    "data-event": event.kind,
+  });
   return svg("g", {}, svg("title", {}, tellEvent(event)), mark);
 }
 
@@ -178,7 +227,12 @@ function times(now, scale) {
   return timeTicks(now.end - now.start, most).map((offset) =>
     svg(
       "text",
-      { class: "snug-axis", x: scale.x(now.start + offset), y: TOP + AREA + 13, "text-anchor": offset ? "middle" : "start" },
+      {
+        class: "snug-axis",
+        x: scale.x(now.start + offset),
+        y: TOP + AREA + 13,
+        "text-anchor": offset ? "middle" : "start",
+      },
       `${Number(offset.toFixed(1))} s`,
     ),
   );
@@ -202,7 +256,14 @@ function peakMark(node, now, scale, y, right) {
     svg("path", { class: "snug-peak-mark", d: `M${middle},${height - 1}l-5,-7h10Z` }),
     svg(
       "text",
-      { class: "snug-peak-text", x, y: height - 11, "text-anchor": "middle", "data-peak": peak, "data-node-id": node.node_id },
+      {
+        class: "snug-peak-text",
+        x,
+        y: height - 11,
+        "text-anchor": "middle",
+        "data-peak": peak,
+        "data-node-id": node.node_id,
+      },
       text,
     ),
   ];
