@@ -143,3 +143,6 @@ class _Exact(Mapping[str, "PackedTensor | torch.Tensor"]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors

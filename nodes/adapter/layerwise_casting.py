@@ -9,6 +9,7 @@ from ...quant_backends.kernels.dequantize import quantize_packed
 from ...quant_backends.memory.layerwise import SkipRules, parse_skip_patterns
 from .conversion import NETWORK, Conversion, encoding_device
 from .loading import COMPUTE_DTYPES
+from .provenance import with_recipe
 from .reweight import reweight, reweight_clip
 
 # What the nodes offer: float8 with one scale for each row of a weight, or none.
@@ -28,6 +29,7 @@ def cast_model(patcher: Any, storage: str, compute_dtype: str, skip: str) -> tup
     names = [name.removeprefix(NETWORK) for name, _ in patcher.model.named_parameters()]
     casting = _casting(storage, parse_skip_patterns(skip, names), NETWORK, patcher)
     new = reweight(patcher, casting, COMPUTE_DTYPES[compute_dtype])
+    with_recipe(new, _recipe(storage, casting))
     return new, casting.report(patcher, new)
 
 
@@ -35,7 +37,13 @@ def cast_clip(clip: Any, storage: str, skip: str) -> tuple[Any, str]:
     """The same for a CLIP, which always calculates in float32."""
     casting = _casting(storage, parse_skip_patterns(skip, (), is_text_encoder=True), "", clip.patcher)
     new = reweight_clip(clip, casting)
+    with_recipe(new.patcher, _recipe(storage, casting))
     return new, casting.report(clip.patcher, new.patcher)
+
+
+def _recipe(storage: str, casting: Conversion) -> dict[str, Any]:
+    """For what is said of the weights' origin in files."""
+    return {"target": f"layerwise casting to {storage}", "backend": "fp8", "layers": casting.formats.total()}
 
 
 def _casting(storage: str, rules: SkipRules, prefix: str, patcher: Any) -> Conversion:

@@ -8,6 +8,7 @@ from .core_float8 import is_plain_float8, packed_float8
 from .lora_bake import bake
 from .lora_report import bake_report, mode_report
 from .lora_settings import AUTOMATIC, BRANCH, MERGE, LoraSettings, set_lora_settings
+from .provenance import with_recipe
 from .reweight import replaceable_layers, reweight
 
 BAKE = "bake in"
@@ -22,6 +23,7 @@ def set_lora_mode(patcher: Any, mode: str, cache: bool) -> tuple[Any, str]:
     """
     if mode == BAKE:
         new, baking = bake(patcher)
+        with_recipe(new, {"lora_baked_layers": len(baking.baked)})
         settings = LoraSettings(MERGE, cache)
         report = bake_report(baking, new, settings)
     else:

@@ -85,6 +85,9 @@ class ModelTensors(Mapping[str, "PackedTensor | torch.Tensor"]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def _packed(self, name: str) -> PackedTensor | None:
         module, _, attribute = name.rpartition(".")
         layer = self._network.get_submodule(module)

@@ -93,9 +93,12 @@ class _Renamed(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._names) + len(self._more)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or name in self._more
+
 
 def _content(tensors: ModelTensors, names: Mapping[str, str], more: Tensors) -> Content:
-    """Tensors under other names (new to old), and a few more behind them."""
+    """What goes into a file; arguments as of `_Renamed`."""
     found = (tensors.format_of(name) for name in names.values())
     formats = Counter(name for name in found if name is not None)
     nbytes = sum(map(tensors.nbytes_of, names.values())) + sum(value.nbytes for value in more.values())
@@ -119,7 +122,8 @@ def _save(
     """files: by what is added to the name where there are several; key: ComfyUI's of the folder."""
     bar = comfy.utils.ProgressBar(_STEPS)
     provenance = provenance_of(patcher)
-    backend = str(provenance.recipes[-1].get("backend", "")) if provenance.recipes else ""
+    backends = [recipe["backend"] for recipe in provenance.recipes if "backend" in recipe]
+    backend = backends[-1] if backends else ""
     jobs = []
     for part, content in files.items():  # all names before anything is written
         content = replace(content, backend=backend, is_text_encoder=key == "text_encoders")

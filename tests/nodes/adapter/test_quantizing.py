@@ -98,6 +98,22 @@ def test_cores_own_quantized_layers_again(twins: Any, model: Any) -> None:
     assert torch.equal(model.run(source, load=True), before)
 
 
+def test_calibration(sd3: Any, model: Any) -> None:
+    """It reaches the encoders, and what they save on the channels that do not matter is seen in the output."""
+    from snug.nodes.adapter.provenance import provenance_of
+    from snug.quant_backends.quantization.recording import Recorder
+
+    _, dense = sd3
+    with Recorder(dense.model.diffusion_model) as recorder:
+        wanted = model.run(dense, load=True)
+    calibration = recorder.calibration()
+    plain, _ = quantize(dense, "GGUF Q3_K")
+    calibrated, _ = quantize(dense, "GGUF Q3_K", calibration=calibration)
+    assert provenance_of(calibrated).recipes[-1]["calibrated_layers"] > 30
+    errors = [model.relative_error(model.run(new, load=True), wanted) for new in (calibrated, plain)]
+    assert errors[0] < errors[1]
+
+
 def test_calibration_of_another_model_is_refused(sd3: Any) -> None:
     from snug.quant_backends.quantization.calibration import Calibration, LayerStatistics
 
