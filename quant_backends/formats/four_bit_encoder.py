@@ -1,6 +1,6 @@
 """bitsandbytes' NF4 and FP4: bitsandbytes.functional.quantize_4bit as it is on a CPU, bit for bit.
 
-Its kernels for GPUs round a few weights that lie next to the middle of two values the other way.
+Its kernels for GPUs are others and may round a weight in the middle between two values the other way.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class FourBitEncoder(RowEncoder):
 
 
 # What a block's largest magnitude is multiplied with to find a better scale.
-_CANDIDATES = tuple(1 + 0.0375 * step for step in range(-6, 3))
+_CANDIDATES = tuple(1 + 0.05 * step for step in range(-4, 2))
+_TABLE_STEPS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +87,8 @@ class SearchedFourBitEncoder(FourBitEncoder):
         blocks = torch.nn.functional.pad(rows.reshape(-1).float(), padding).view(-1, size)
         weights = torch.ones((), device=rows.device)
         if importance is not None:
-            weights = torch.nn.functional.pad(importance.expand(rows.shape).reshape(-1), padding).view(
-                -1, size
-            )
+            spread = importance.expand(rows.shape).reshape(-1)
+            weights = torch.nn.functional.pad(spread, padding).view(-1, size)
         largest = blocks.abs().amax(1, keepdim=True)
         scale, least = largest, torch.full_like(largest, math.inf)
         for factor in _CANDIDATES:
@@ -102,8 +102,10 @@ class SearchedFourBitEncoder(FourBitEncoder):
         return {DATA: index[::2] << 4 | index[1::2], "absmax": scale.view(-1)}
 
     def _values(self, blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        values = value_map(self.format.quant_type, blocks.device)
-        return values[self.nearest(self._scaled(blocks, scale)).int()]
+        """The values next to the blocks, by a table that is fine enough to compare scales by."""
+        table = _value_table(self.format.quant_type, blocks.device)
+        steps = self._scaled(blocks, scale).add_(1).mul_(_TABLE_STEPS / 2).nan_to_num_(0.0).int()
+        return table.index_select(0, steps.view(-1)).view(blocks.shape)
 
     @staticmethod
     def _scaled(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -114,6 +116,17 @@ class SearchedFourBitEncoder(FourBitEncoder):
 def value_map(quant_type: str, device: torch.device) -> torch.Tensor:
     """float32 [16]: the number that each index stands for."""
     return torch.tensor(VALUES[quant_type], dtype=torch.float32, device=device)
+
+
+@cache
+def _value_table(quant_type: str, device: torch.device) -> torch.Tensor:
+    """float32: for every step from -1 to 1 the value next to it."""
+    values, (middles, order) = value_map(quant_type, device), _middles(quant_type, device)
+    steps = (
+        torch.arange(_TABLE_STEPS + 1, dtype=torch.float32, device=device).mul_(2).div_(_TABLE_STEPS).sub_(1)
+    )
+    index = torch.bucketize(steps, middles)
+    return values[index if order is None else order[index]]
 
 
 @cache
@@ -130,7 +143,7 @@ def nest(absmax: torch.Tensor, block: int) -> Tensors:
     offset = absmax.mean()
     values = torch.nn.functional.pad(absmax - offset, (0, -absmax.numel() % block)).view(-1, block)
     largest = values.abs().amax(1, keepdim=True)
-    scaled = (values * largest.clamp(min=_SMALLEST).reciprocal_()).clamp_(-1, 1)
+    scaled = (values * largest.clamp(min=_SMALLEST).reciprocal_()).nan_to_num_(0.0).clamp_(-1, 1)
     steps = (scaled + 1).mul_(0.5).mul_(_STEPS).add_(0.5).int()
     index = _dynamic_indices(absmax.device).index_select(0, steps.view(-1)).view(values.shape)
     index.masked_fill_(largest == 0, 0)

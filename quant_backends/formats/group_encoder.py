@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .row_encoder import DATA, RowEncoder, Tensors
+from .row_encoder import DATA, RowEncoder, Tensors, whole_groups
 
 if TYPE_CHECKING:
     from .quanto_groups import QuantoGroups
@@ -22,6 +22,10 @@ class GroupEncoder(RowEncoder):
     """Codes are kept a byte each until all are there: groups share bytes with ones far away."""
 
     format: QuantoGroups
+
+    def begin(self, matrix: torch.Tensor) -> Tensors:
+        whole_groups(self.format, matrix.shape[1], self.format.group_size)
+        return {}
 
     def encode(self, rows: torch.Tensor, importance: torch.Tensor | None, shared: Mapping) -> Tensors:
         groups = rows.reshape(-1, self.format.group_size)

@@ -22,7 +22,7 @@ from ..core.errors import SnugError
 from .base import Scratch
 from .rotation import rotate
 from .roundings import OWN
-from .row_encoder import ElementEncoder, RowEncoder, Tensors
+from .row_encoder import ElementEncoder, RowEncoder, Tensors, whole_groups
 from .scaled_base import FLOATS, ScaledFormat, rows_and_columns
 from .scaled_elements import ScaledElements
 
@@ -88,6 +88,10 @@ class RotatedEncoder(RowEncoder):
     """Rotates, then Snug's own int8 by row."""
 
     format: RotatedRows
+
+    def begin(self, matrix: torch.Tensor) -> Tensors:
+        whole_groups(self.format, matrix.shape[1], self.format.group_size)
+        return {}
 
     def encode(self, rows: torch.Tensor, importance: torch.Tensor | None, shared: Mapping) -> Tensors:
         rotated = rows.to(torch.float32, copy=True)

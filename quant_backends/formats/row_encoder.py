@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.errors import SnugError
+
 if TYPE_CHECKING:
+    from .scaled_base import ScaledFormat
     from .scaled_elements import ScaledElements
 
 DATA = "data"
@@ -45,6 +48,14 @@ class RowEncoder:
         return joined
 
 
+def whole_groups(fmt: ScaledFormat, columns: int, size: int) -> None:
+    """SnugError unless rows of so many columns are whole groups."""
+    if columns % size:
+        raise SnugError(
+            f"Rows of {columns} weights are no whole groups of {size} as {fmt.name} has them; pick another format."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Rounding:
     """The arithmetic of one library for one element per weight.
@@ -66,6 +77,7 @@ class ElementEncoder(RowEncoder):
     rounding: Rounding
 
     def begin(self, matrix: torch.Tensor) -> Tensors:
+        whole_groups(self.format, matrix.shape[1], self.format.block[1] or 1)
         if self.format.block != (0, 0):
             return {}
         low, high = (self.rounding.prepare(value).view(1, 1, 1) for value in (matrix.amin(), matrix.amax()))

@@ -80,7 +80,7 @@ _BITSANDBYTES_INT8 = Target(
     _matrices(lambda columns: scaled_format("int8-rows-scb")),
     8.0,
     note="bitsandbytes' outlier threshold is about inputs while a model runs: it changes nothing in the file, and Snug "
-    "calculates with unrounded inputs, which is better than any threshold.",
+    "does not round inputs.",
 )
 
 
