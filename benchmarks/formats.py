@@ -1,0 +1,255 @@
+"""What each quantization costs and gives: bits, error of weights and outputs, seconds and memory, beside its library.
+
+    python benchmarks/formats.py --markdown benchmarks/results/formats.md --json benchmarks/results/formats.json
+
+Bits per weight are those of the layers that are quantized, scales included. The error of weights is relative (L2
+norms), over those of tiny Flux, SD3 and SDXL models: random numbers with the shapes of real layers. The error of
+outputs is that of one step of each model, for a prompt of random numbers. Neither tells how a real model fares, but how
+formats compare. Layers that are kept by default stay as they are, as do those whose rows a format cannot hold.
+
+Seconds of the processor (on one thread: others on the machine do not change them) and memory are for one weight in
+bfloat16; memory is the most that the process grew by, the result included. The library is the one that a target is
+named after (ggml: the gguf package, or libgguf for the types that gguf does not write), on the same weight in the same
+run. Needs a ComfyUI in $SNUG_COMFYUI_PATH, which `eval "$(python scripts/bootstrap.py --print-env)"` sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib.util
+import math
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import add_output_arguments, command_line, environment, heading, save, table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+from native_quantizer import AVAILABLE, native_quantizer  # noqa: E402
+from snug_path import register_snug  # noqa: E402
+from tiny import use_comfyui  # noqa: E402
+from tiny.network import TinyNetwork  # noqa: E402
+
+register_snug()
+
+from snug.quant_backends.core.errors import SnugError  # noqa: E402
+from snug.quant_backends.core.packed import PackedTensor  # noqa: E402
+from snug.quant_backends.kernels.dequantize import dequantize_packed  # noqa: E402
+from snug.quant_backends.quantization import LayerInfo, Recipe, Target, make_recipe, targets  # noqa: E402
+from snug.quant_backends.registry import BACKENDS  # noqa: E402
+
+FAMILIES = ("flux", "sd3", "sdxl")
+SEEDS = (7,)
+WEIGHT = (1024, 2048)
+STATUS = Path("/proc/self/status")
+
+
+@dataclass
+class Cost:
+    """Of encoding WEIGHT once. seconds: of the processor; memory: bytes; error: relative, of the weight."""
+
+    seconds: float
+    memory: int
+    error: float
+
+
+@dataclass
+class Row:
+    target: str
+    bits: float = 0.0
+    weight_error: float = 0.0
+    output_errors: dict[str, float] = field(default_factory=dict)
+    own: Cost | None = None
+    library: Cost | None = None
+    library_name: str = ""
+
+
+def measure(encode: Callable[[], PackedTensor], weight: torch.Tensor) -> Cost:
+    memory = _peak_growth(encode)  # which warms up as well
+    start = time.process_time()
+    packed = encode()
+    seconds = time.process_time() - start
+    return Cost(seconds, memory, _relative(dequantize_packed(packed), weight))
+
+
+def library_of(target: Target, layer: LayerInfo, weight: torch.Tensor) -> tuple[str, Cost] | None:
+    """(its name, what it costs there); None where no library is installed that writes the format."""
+    fmt, backend = target.format_for(layer), BACKENDS[target.backend]
+    if fmt is None or backend.package is None:
+        return None
+    try:
+        return backend.package, measure(lambda: backend.quantize(weight, fmt), weight)
+    except SnugError:
+        if target.backend != "gguf" or not AVAILABLE or not isinstance(fmt, type):
+            return None
+    values = weight.float()
+
+    def encode() -> PackedTensor:
+        return PackedTensor(native_quantizer(values, fmt.name).view(-1), fmt, tuple(values.shape))
+
+    return "libgguf", measure(encode, weight)
+
+
+def errors_of(model: TinyNetwork, recipes: dict[str, Recipe], rows: dict[str, Row]) -> None:
+    """Puts the errors of one model into the rows; each weight is encoded once in each format."""
+    exact = model.outputs(SEEDS)
+    layers = [
+        LayerInfo(name, tuple(weight.shape), dtype=torch.bfloat16) for name, weight in model.dense.items()
+    ]
+    made: dict[tuple[Any, str, str], tuple[torch.Tensor, int]] = {}
+    for name, recipe in recipes.items():
+        error = size = 0.0
+        nbytes = weights = 0
+        for layer in layers:
+            fmt, dense = recipe.format_for(layer), model.dense[layer.name]
+            if fmt is None:
+                continue
+            key = (recipe.target.backend == "gguf" or recipe.target.encode, fmt.name, layer.name)
+            if key not in made:
+                packed = recipe.target.encode(dense, fmt, None)
+                made[key] = dequantize_packed(packed, torch.bfloat16), packed.nbytes
+            rounded, count = made[key]
+            model.put(layer.name, rounded.float())
+            error += (rounded.float() - dense).square().sum().item()
+            size += dense.square().sum().item()
+            nbytes, weights = nbytes + count, weights + layer.weights
+        row = rows[name]
+        row.output_errors[model.family] = model.error(exact, SEEDS)
+        model.restore()
+        share = 1 / len(FAMILIES)
+        row.bits += share * 8 * nbytes / max(1, weights)
+        row.weight_error += share * math.sqrt(error / size if size else 0.0)
+        print(f"{model.family}: {name}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--comfyui", default=os.environ.get("SNUG_COMFYUI_PATH"), help="folder of ComfyUI")
+    parser.add_argument("--only", default="", help="only targets whose names contain this")
+    add_output_arguments(parser)
+    options = parser.parse_args()
+    command = command_line(comfyui=None)
+    if not options.comfyui:
+        parser.error("--comfyui or SNUG_COMFYUI_PATH is needed")
+    use_comfyui(options.comfyui)
+    torch.set_num_threads(1)
+    _accept_narrow_models()
+    chosen = {n: t for n, t in targets().items() if not t.unavailable and options.only in n}
+    rows = {name: Row(name) for name in chosen}
+
+    weight = torch.randn(WEIGHT, generator=torch.Generator().manual_seed(0)).bfloat16() / WEIGHT[1] ** 0.5
+    layer = LayerInfo("blocks.0.mlp", WEIGHT)
+    for name, target in chosen.items():
+        fmt = target.format_for(layer)
+        if fmt is None:
+            continue
+        rows[name].own = measure(lambda t=target, f=fmt: t.encode(weight, f, None), weight)
+        found = library_of(target, layer, weight)
+        if found is not None:
+            rows[name].library_name, rows[name].library = found
+        print(f"encoded: {name}", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for family in FAMILIES:
+            model = TinyNetwork(family, Path(folder))
+            layers = [LayerInfo(n, tuple(w.shape)) for n, w in model.dense.items()]
+            names = list(model.network.state_dict())
+            errors_of(model, {n: make_recipe(t, layers, names) for n, t in chosen.items()}, rows)
+
+    facts = environment("gguf", "bitsandbytes", "torchao", "optimum-quanto")
+    text = f"{heading('Formats', command, facts)}\n{_table(rows)}\n\n{_explanation()}\n"
+    print(text)
+    save(
+        options, text, {"command": command, "environment": facts, "rows": [asdict(r) for r in rows.values()]}
+    )
+
+
+def _table(rows: dict[str, Row]) -> str:
+    header = ["target", "bits/weight", "error of weights", *(f"of {family}'s output" for family in FAMILIES)]
+    header += ["seconds", "MB", "library", "its error / ours", "its seconds", "its MB"]
+    lines = []
+    for row in rows.values():
+        own, other = row.own, row.library
+        lines.append(
+            [
+                row.target,
+                f"{row.bits:.2f}",
+                f"{row.weight_error:.4f}",
+                *(f"{row.output_errors[family]:.4f}" for family in FAMILIES),
+                *((f"{own.seconds:.2f}", f"{own.memory / 2**20:.0f}") if own else ("–", "–")),
+                row.library_name or "–",
+                f"{other.error / own.error:.3f}" if own and other and own.error else "–",
+                *((f"{other.seconds:.2f}", f"{other.memory / 2**20:.0f}") if other else ("–", "–")),
+            ]
+        )
+    return table(header, lines)
+
+
+def _explanation() -> str:
+    size = 2 * math.prod(WEIGHT) / 2**20
+    return (
+        f"Seconds of the processor, MB and the ratio of errors are of one weight of {WEIGHT[0]} x {WEIGHT[1]} "
+        f"({size:.0f} MB in bfloat16); the rest is of the linear layers of tiny models that are quantized by default. "
+        "For mixes (_S, _M, _L) they are those of the format that the mix gives to this weight."
+    )
+
+
+def _relative(found: torch.Tensor, weight: torch.Tensor) -> float:
+    return ((found - weight.float()).norm() / weight.float().norm()).item()
+
+
+def _peak_growth(function: Callable[[], Any]) -> int:
+    """Bytes that the process's own memory grew by at most; 0 where the system does not say."""
+    if not STATUS.exists():
+        return 0
+    gc.collect()
+    _give_back_memory()
+    before, peak, done = _own_memory(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _own_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = function()
+    peak = max(peak, _own_memory())
+    done.set()
+    thread.join()
+    del result
+    return max(0, peak - before)
+
+
+def _give_back_memory() -> None:
+    """What was freed but is kept by the allocator would hide what is allocated next."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def _own_memory() -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def _accept_narrow_models() -> None:
+    path = ROOT / "tests/comfy/custom_nodes/snug_test_nodes/narrow_models.py"
+    spec = importlib.util.spec_from_file_location("narrow_models", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.accept_narrow_models()
+
+
+if __name__ == "__main__":
+    main()
