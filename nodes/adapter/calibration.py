@@ -21,6 +21,7 @@ from ...quant_backends.quantization.calibration import Calibration, load_calibra
 from ...quant_backends.quantization.recording import Recorder
 from .compat import supported_arguments
 from .folders import find_calibration, new_calibration_path
+from .sensitivity import sensitivity_while
 
 SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
@@ -55,12 +56,14 @@ def calibrate_model(
     latent: dict[str, Any],
     sampling: Sampling,
     keep: Keep,
+    sensitivity: bool = False,
 ) -> tuple[Calibration, str]:
     """(calibration, report) of sampling once for each of `positives` (CONDITIONING), each with a seed of its own.
 
     The layers run as always, whatever their weights are packed in and with the LoRAs of the model; only compiling is
-    left out, as compiled layers are not called one by one. Stops when the user cancels; nothing of the recording
-    stays on the model. Raises SnugError.
+    left out, as compiled layers are not called one by one. Stops when the user cancels; nothing of the recording stays
+    on the model. sensitivity: also measure how much the output depends on each layer, which takes three more calls of
+    the network for each. Raises SnugError.
     """
     clone = patcher.clone()
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
@@ -72,7 +75,13 @@ def calibrate_model(
             with recorder:
                 _sample(clone, positive, negative, latent, sampling, number, bar)
     samples = len(positives)
-    info = {"model": type(clone.model).__name__, "sampling": asdict(sampling)}
+    info: dict[str, Any] = {"model": type(clone.model).__name__, "sampling": asdict(sampling)}
+    if sensitivity:  # in a pass of its own: layers that are disturbed have other inputs
+
+        def sample() -> None:
+            _sample(clone, positives[0], negative, latent, sampling, 0, bar)
+
+        info["sensitivity"] = sensitivity_while(sample, network, sampling.steps)
     return _finish(recorder, keep, calls[0], samples=samples, steps=samples * sampling.steps, **info)
 
 
@@ -108,6 +117,9 @@ def describe(calibration: Calibration, idle: Sequence[str] = ()) -> str:
     if idle:
         more = "" if len(idle) <= _NAMED else f" and {len(idle) - _NAMED} more"
         lines.append(f"{len(idle)} layers did not run: {', '.join(idle[:_NAMED])}{more}")
+    if calibration.sensitivity:
+        most = sorted(calibration.sensitivity.items(), key=lambda item: -item[1])[:_NAMED]
+        lines.append("the image depends most on: " + ", ".join(name for name, _ in most))
     outliers = sorted(((_peak(found.absmax), name) for name, found in layers.items()), reverse=True)
     lines.append(
         "largest inputs beside the layer's typical channel (the more, the harder for 8-bit activations):"

@@ -119,13 +119,13 @@ def _quantizing(patcher: Any, settings: QuantizeSettings, prefix: str) -> _Quant
     quantizing = _Quantizing(recipe, conversion)
     if settings.fit_gb:
         unload(model, patcher)  # weights are looked at before they are converted
-        quantizing.mix = _mix(patcher, quantizing, prefix, int(settings.fit_gb * 2**30))
+        quantizing.mix = _mix(patcher, quantizing, prefix, settings)
         quantizing.recipe = replace(recipe, overrides=quantizing.mix.overrides)
     return quantizing
 
 
-def _mix(patcher: Any, quantizing: _Quantizing, prefix: str, budget: int) -> Mix:
-    """The formats that bring a model to `budget` bytes; shows progress and stops when the user cancels."""
+def _mix(patcher: Any, quantizing: _Quantizing, prefix: str, settings: QuantizeSettings) -> Mix:
+    """The formats that bring a model to the size wanted; shows progress and stops when the user cancels."""
     conversion = quantizing.conversion
     layers = {
         layer_info(name.removeprefix(prefix), layer): (name, layer)
@@ -142,7 +142,8 @@ def _mix(patcher: Any, quantizing: _Quantizing, prefix: str, budget: int) -> Mix
         quantizing.recipe,
         layers,
         lambda layer: conversion.weight(*layers[layer]),
-        budget,
+        int(settings.fit_gb * 2**30),
+        sensitivity=settings.calibration.sensitivity if settings.calibration else None,
         other_bytes=patcher.model_size() - sum(layer.weights * layer.dtype.itemsize for layer in layers),
         progress=progress,
     )

@@ -88,7 +88,8 @@ def run(options: argparse.Namespace) -> int:
     )
     _refuse_quantized(model, recipe, layers, options)
     if options.fit:
-        recipe = _fitted(model, recipe, layers, int(options.fit * GB), device)
+        sensitivity = load_calibration(Path(options.calibration)).sensitivity if options.calibration else {}
+        recipe = _fitted(model, recipe, layers, int(options.fit * GB), device, sensitivity)
     tensors, formats = _quantized(model, recipe, layers, device, target)
     if not formats:
         raise SnugError(
@@ -137,7 +138,12 @@ def _matrix(value: Weight, layer: LayerInfo, device: torch.device) -> torch.Tens
 
 
 def _fitted(
-    model: OpenModel, recipe: Recipe, layers: list[LayerInfo], budget: int, device: torch.device
+    model: OpenModel,
+    recipe: Recipe,
+    layers: list[LayerInfo],
+    budget: int,
+    device: torch.device,
+    sensitivity: dict[str, float],
 ) -> Recipe:
     """The recipe with the mix of formats that brings the model to this many bytes."""
     own = {f"{layer.name}.weight" for layer in layers}
@@ -153,6 +159,7 @@ def _fitted(
             lambda layer: _matrix(model.tensors[f"{layer.name}.weight"], layer, device),
             budget,
             other_bytes=other_bytes,
+            sensitivity=sensitivity,
             progress=update,
         )
     note(mix.report())

@@ -19,6 +19,7 @@ Layers are named as in the network, and `in` counts what the layer is given: the
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import struct
 from collections.abc import Mapping
@@ -83,6 +84,17 @@ class Calibration:
     def importance(self) -> dict[str, torch.Tensor]:
         """float32 [in] of each layer: the weight of an error in a column of the layer's weight."""
         return {name: found.mean_square for name, found in self.layers.items()}
+
+    @property
+    def sensitivity(self) -> dict[str, float]:
+        """How much the network's output depends on each layer, see `sensitivity`; empty where it was not measured."""
+        found = self.info.get("sensitivity")
+        values = found.items() if isinstance(found, Mapping) else ()
+        return {
+            str(name): float(value)
+            for name, value in values
+            if isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        }
 
     def joined(self, other: Calibration) -> Calibration:
         """Both recordings of one model as one. Raises SnugError where a layer differs in its channels."""

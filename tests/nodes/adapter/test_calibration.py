@@ -22,9 +22,12 @@ def conditioning(seed: int) -> list[Any]:
 def calibrate(patcher: Any, prompts: tuple[int, ...] = (1, 2), steps: int = 2, **keep: Any) -> Any:
     from snug.nodes.adapter.calibration import Keep, Sampling, calibrate_model
 
-    sampling = Sampling(5, steps, 2.0, "euler_ancestral", "normal")
+    sampling, sensitivity = (
+        Sampling(5, steps, 2.0, "euler_ancestral", "normal"),
+        keep.pop("sensitivity", False),
+    )
     positives = [conditioning(seed) for seed in prompts]
-    return calibrate_model(patcher, positives, conditioning(0), LATENT, sampling, Keep(**keep))
+    return calibrate_model(patcher, positives, conditioning(0), LATENT, sampling, Keep(**keep), sensitivity)
 
 
 def hooks(model: torch.nn.Module) -> list[str]:
@@ -198,3 +201,25 @@ def test_text_encoders(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert hooks(clip.cond_stage_model) == []
     with pytest.raises(SnugError, match="no prompt"):
         calibrate_clip(clip, " \n", Keep())
+
+
+def test_measured_sensitivity_guides_the_automatic_mix(sd3: Any, model: Any, folder: Path) -> None:
+    from snug.nodes.adapter.calibration import open_calibration
+    from snug.nodes.adapter.quantizing import QuantizeSettings, quantize_model
+
+    _, dense = sd3
+    before = model.run(dense, load=True)
+    found, report = calibrate(dense, prompts=(1,), steps=1, save_as="known", sensitivity=True)
+    assert "the image depends most on: " in report
+    assert torch.equal(model.run(dense, load=True), before)
+    assert not [name for name, module in dense.model.named_modules() if module._forward_hooks]
+    network = dense.model.diffusion_model
+    linear = {name for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)}
+    assert found.sensitivity.keys() == linear
+    assert all(value > 0 for value in found.sensitivity.values())
+    assert open_calibration("known.safetensors")[0].sensitivity == found.sensitivity
+    # Half a measure between Q8_0 and 16 bits: the layers that matter most are those that keep them.
+    size = (dense.model_size() * 0.8) / 2**30
+    new, report = quantize_model(dense, QuantizeSettings("GGUF Q8_0", calibration=found, fit_gb=size))
+    assert "was not measured" not in report
+    assert new.model_size() <= size * 2**30
