@@ -5,7 +5,8 @@
 Bits per weight are those of the layers that are quantized, scales included. The error of weights is relative (L2
 norms), over those of tiny Flux, SD3 and SDXL models: random numbers with the shapes of real layers. The error of
 outputs is that of one step of each model, for a prompt of random numbers. Neither tells how a real model fares, but how
-formats compare. Layers that are kept by default stay as they are, as do those whose rows a format cannot hold.
+formats compare. Weights are decoded to bfloat16, as a model uses them. Layers that are kept by default stay as they
+are, as do those whose rows a format cannot hold.
 
 Seconds of the processor (on one thread: others on the machine do not change them) and memory are for one weight in
 bfloat16; memory is the most that the process grew by, the result included. The library is the one that a target is
@@ -198,7 +199,7 @@ def _explanation() -> str:
     size = 2 * math.prod(WEIGHT) / 2**20
     return (
         f"Seconds of the processor, MB and the ratio of errors are of one weight of {WEIGHT[0]} x {WEIGHT[1]} "
-        f"({size:.0f} MB in bfloat16); the rest is of the linear layers of tiny models that are quantized by default. "
+        f"({size:.0f} MB in bfloat16); the rest is of the linear layers of tiny models that are quantized by default, decoded to bfloat16. "
         "For mixes (_S, _M, _L) they are those of the format that the mix gives to this weight."
     )
 
