@@ -199,8 +199,8 @@ def _explanation() -> str:
     size = 2 * math.prod(WEIGHT) / 2**20
     return (
         f"Seconds of the processor, MB and the ratio of errors are of one weight of {WEIGHT[0]} x {WEIGHT[1]} "
-        f"({size:.0f} MB in bfloat16); the rest is of the linear layers of tiny models that are quantized by default, decoded to bfloat16. "
-        "For mixes (_S, _M, _L) they are those of the format that the mix gives to this weight."
+        f"({size:.0f} MB in bfloat16); the rest is of the linear layers of tiny models that are quantized by default, "
+        "decoded to bfloat16. For mixes (_S, _M, _L) they are those of the format that the mix gives to this weight."
     )
 
 
