@@ -52,7 +52,7 @@ def make_checkpoint(path: Path, nbytes: int) -> None:
     content = json.dumps(header).encode()
     content = content.ljust(-(-len(content) // 8) * 8)
     pattern = (torch.randn(PATTERN_WEIGHTS, generator=torch.Generator().manual_seed(0)) / 50).bfloat16()
-    data = memoryview(pattern.view(torch.uint8).numpy())
+    data = pattern.view(torch.uint8).numpy().data
     with open(path, "wb") as file:
         file.write(len(content).to_bytes(8, "little") + content)
         while done:

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 
 from .encoding import half_bytes
-from .search import Affine, Symmetric, fit_affine, fit_symmetric
+from .search import Affine, Nearest, Symmetric, fit_affine, fit_symmetric
 
 Importance: TypeAlias = "torch.Tensor | None"
 
@@ -125,7 +125,7 @@ def _pack_bits(bits: torch.Tensor) -> torch.Tensor:
     return functools.reduce(torch.bitwise_or, [row << number for number, row in enumerate(rows)])
 
 
-def _integers(least: int, most: int):
+def _integers(least: int, most: int) -> Nearest:
     def nearest(numbers: torch.Tensor) -> torch.Tensor:
         return numbers.round_().clamp_(least, most)
 

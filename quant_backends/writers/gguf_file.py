@@ -26,7 +26,7 @@ from .architecture import detect_architecture
 from .mixes import MIXES, Mix
 from .new_file import check_disk_space, new_file
 from .plan import PlannedTensor, plan_tensors
-from .precision import RULES, PrecisionRules
+from .precision import RULES, TEXT_ENCODER_RULES, PrecisionRules
 
 MetadataValue: TypeAlias = "str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]"
 Quantizer: TypeAlias = Callable[[torch.Tensor, str], torch.Tensor]
@@ -55,7 +55,7 @@ def write_gguf(
     metadata: further keys of the file.
     quantizer: called with float32 values [rows, columns] and the format's name, returns the packed rows as
         uint8, for formats that Snug itself cannot write; None uses Snug's own.
-    progress: called with the tensors done and their number after each.
+    progress: called with the bytes written and all there are, after each tensor; may raise to stop.
 
     The file appears under its name only when complete: it is written beside it and renamed, an older file
     stays until then and nothing is left behind on an error. Raises SnugError for an unknown format or
@@ -70,8 +70,10 @@ def write_gguf(
             f"The architecture of {target.name} is not known from its tensor names; pass architecture=, "
             f"one of {', '.join(RULES)}, and tensor names without a prefix."
         )
-    plan = plan_tensors(tensors, wanted, RULES.get(architecture, PrecisionRules()))
-    check_disk_space(target, sum(planned.nbytes for planned in plan))
+    rules = RULES.get(architecture) or TEXT_ENCODER_RULES.get(architecture, PrecisionRules())
+    plan = plan_tensors(tensors, wanted, rules)
+    total = sum(planned.nbytes for planned in plan)
+    check_disk_space(target, total)
 
     with new_file(target) as temporary, closing(gguf.GGUFWriter(temporary, architecture)) as writer:
         _add_metadata(gguf, writer, wanted.name if wanted else _main_format(plan), metadata or {})
@@ -80,11 +82,13 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, planned in enumerate(plan, start=1):
+        done = 0
+        for planned in plan:
             packed = _pack(tensors[planned.name], planned, quantizer)
             writer.write_tensor_data(packed.numpy())
+            done += planned.nbytes
             if progress is not None:
-                progress(done, len(plan))
+                progress(done, total)
 
 
 def _import_gguf() -> Any:

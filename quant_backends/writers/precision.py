@@ -101,3 +101,7 @@ RULES: dict[str, PrecisionRules] = {
     # No list is published for Qwen-Image: these are the same roles as Flux's.
     "qwen_image": PrecisionRules(half=("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out.")),
 }
+
+# Of text encoders, by llama.cpp's names: the position bias of T5, which models read themselves.
+_T5 = PrecisionRules(full=("attn_rel_b",))
+TEXT_ENCODER_RULES: dict[str, PrecisionRules] = {"t5": _T5, "t5encoder": _T5}

@@ -17,7 +17,7 @@ import torch
 from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.kernels.dequantize import dequantize
 from snug.quant_backends.readers import GGUFFile
-from snug.quant_backends.writers import write_gguf
+from snug.quant_backends.writers import write_gguf, write_text_encoder_gguf
 from snug.quant_backends.writers.mixes import MIXES
 
 FOLDER = os.environ.get("SNUG_COMFYUI_GGUF")
@@ -82,3 +82,21 @@ def test_it_loads_what_snug_writes(network: Any, format: str, peer: Any, tmp_pat
         info = file.tensors[name]
         ours = dequantize(file.read(name), info.format, tuple(tensors[name].shape))
         assert torch.allclose(torch.as_tensor(theirs).reshape(ours.shape), ours, rtol=1e-6, atol=1e-7), name
+
+
+def test_it_loads_t5(peer: Any, tmp_path: Path) -> None:
+    names = [f"encoder.block.0.layer.0.SelfAttention.{part}.weight" for part in "qkvo"]
+    names += [f"encoder.block.0.layer.1.DenseReluDense.{part}.weight" for part in ("wi_0", "wi_1", "wo")]
+    names += ["shared.weight", "encoder.block.0.layer.0.layer_norm.weight", "encoder.final_layer_norm.weight"]
+    names += ["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
+    generator = torch.Generator().manual_seed(4)
+    tensors = {
+        name: torch.randn((256,) if "norm" in name else (256, 256), generator=generator) for name in names
+    }
+    path = tmp_path / "t5.gguf"
+    write_text_encoder_gguf(path, tensors, "t5encoder", "Q8_0")
+    found = peer.sd_map_replace(peer.gguf_sd_loader(str(path), is_text_model=True), peer.T5_SD_MAP)
+    assert found.keys() == tensors.keys()
+    for name, tensor in found.items():
+        decoded = peer.dequantize_tensor(tensor, dtype=torch.float32, dequant_dtype=torch.float32)
+        assert torch.allclose(torch.as_tensor(decoded), tensors[name], atol=0.02), name
