@@ -107,9 +107,8 @@ class Backend:
 
         Raises SnugError when the library is missing or broken, or does not take this tensor.
         """
-        with cls._asked_to(
-            "decode", packed.format, f"a {packed.format.name} tensor of shape {packed.shape} to {dtype}"
-        ):
+        fmt, shape = packed.format, tuple(packed.shape)
+        with cls._asked_to("decode", fmt, f"a {fmt.name} tensor of shape {shape} to {dtype}"):
             return cls.decode(packed, dtype)
 
     @classmethod
