@@ -6,8 +6,7 @@ from comfy_api.latest import io
 
 from .adapter.layerwise_casting import STORAGE_FORMATS, cast_clip, cast_model
 from .adapter.loading import COMPUTE_DTYPES
-
-DEFAULT_SKIP = "default"
+from .quantize_inputs import skip_input
 
 
 def _storage_input() -> io.Combo.Input:
@@ -19,17 +18,6 @@ def _storage_input() -> io.Combo.Input:
             "The number format that weights are kept in, one byte each. e4m3fn is twice as exact as e5m2 but holds "
             "small numbers badly; 'per row' scales each row of a weight to its whole range, which mends that at "
             "practically the same size. e5m2 has the range by itself."
-        ),
-    )
-
-
-def _skip_input(defaults: str) -> io.String.Input:
-    return io.String.Input(
-        "skip_patterns",
-        default=DEFAULT_SKIP,
-        tooltip=(
-            f"Layers that keep their precision: parts of their names (regular expressions) between commas. 'default' "
-            f"stands for {defaults}; 'default, attn2' adds to it, and nothing at all casts every layer."
         ),
     )
 
@@ -60,9 +48,10 @@ class SnugLayerwiseCasting(io.ComfyNode):
                         "take. auto: what the model calculates in now."
                     ),
                 ),
-                _skip_input(
+                skip_input(
                     "norms, embedders of image, text, time and position, modulation where it is delicate, and the "
-                    "last layer"
+                    "last layer",
+                    "casts",
                 ),
             ],
             outputs=[
@@ -98,7 +87,7 @@ class SnugLayerwiseCastingCLIP(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoders, from any loader. They are not changed."),
                 _storage_input(),
-                _skip_input("norms, embedding tables and the projection at the end"),
+                skip_input("norms, embedding tables and the projection at the end", "casts"),
             ],
             outputs=[
                 io.Clip.Output(tooltip="The text encoders with float8 weights."),

@@ -25,13 +25,14 @@ def target_input(targets: Sequence[str]) -> io.Combo.Input:
     )
 
 
-def skip_input(defaults: str) -> io.String.Input:
+def skip_input(defaults: str, does: str = "quantizes") -> io.String.Input:
+    """defaults: what "default" stands for; does: what becomes of the other layers."""
     return io.String.Input(
         "skip_patterns",
         default=DEFAULT_SKIP,
         tooltip=(
             f"Layers that keep their precision: parts of their names (regular expressions) between commas. 'default' "
-            f"stands for {defaults}; 'default, attn2' adds to it, and nothing at all quantizes every layer."
+            f"stands for {defaults}; 'default, attn2' adds to it, and nothing at all {does} every layer."
         ),
     )
 

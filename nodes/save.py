@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,18 @@ def _schema(node_id: str, title: str, description: str, first: io.Input, key: st
     )
 
 
-def _settings(
-    hidden: Any, filename_prefix: str, format: str, lora: str, if_exists: str, folder: str
-) -> SaveSettings:
+def _settings(hidden: Any, prefix: str, format: str, options: Mapping[str, str]) -> SaveSettings:
     """With what ComfyUI's own nodes write into files: the prompt and the workflow."""
     texts = {} if hidden.prompt is None else {"prompt": json.dumps(hidden.prompt)}
     texts |= {name: json.dumps(value) for name, value in (hidden.extra_pnginfo or {}).items()}
-    return SaveSettings(filename_prefix, format, lora, if_exists, folder, texts)
+    return SaveSettings(
+        prefix,
+        format,
+        options.get("lora", LORA_CHOICES[0]),
+        options.get("if_exists", COLLISIONS[0]),
+        options.get("folder", FOLDERS[0]),
+        texts,
+    )
 
 
 def _result(paths: list[Path]) -> io.NodeOutput:
@@ -109,16 +115,9 @@ class SnugSaveModel(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model: io.Model.Type,
-        filename_prefix: str,
-        format: str,
-        lora: str = LORA_CHOICES[0],
-        if_exists: str = COLLISIONS[0],
-        folder: str = FOLDERS[0],
+        cls, model: io.Model.Type, filename_prefix: str, format: str, **options: str
     ) -> io.NodeOutput:
-        settings = _settings(cls.hidden, filename_prefix, format, lora, if_exists, folder)
-        return _result(save_model(model, settings))
+        return _result(save_model(model, _settings(cls.hidden, filename_prefix, format, options)))
 
 
 class SnugSaveTextEncoder(io.ComfyNode):
@@ -139,14 +138,5 @@ class SnugSaveTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        clip: io.Clip.Type,
-        filename_prefix: str,
-        format: str,
-        lora: str = LORA_CHOICES[0],
-        if_exists: str = COLLISIONS[0],
-        folder: str = FOLDERS[0],
-    ) -> io.NodeOutput:
-        settings = _settings(cls.hidden, filename_prefix, format, lora, if_exists, folder)
-        return _result(save_text_encoders(clip, settings))
+    def execute(cls, clip: io.Clip.Type, filename_prefix: str, format: str, **options: str) -> io.NodeOutput:
+        return _result(save_text_encoders(clip, _settings(cls.hidden, filename_prefix, format, options)))

@@ -18,6 +18,9 @@ from ...quant_backends.writers import CONVENTIONS, write_gguf, write_safetensors
 AUTO, GGUF, SAFETENSORS = "auto", "GGUF", "safetensors"
 _CONVENTION = {f"{SAFETENSORS} ({name})": name for name in CONVENTIONS}
 CONTAINERS = (AUTO, GGUF, SAFETENSORS, *_CONVENTION)
+_CORE = "comfy_quant"
+# Which convention weights are written in that no library stands behind, by their backend.
+_PREFERRED = {"fp8": "scaled_fp8", "int8": _CORE}
 
 Tensors: TypeAlias = "Mapping[str, PackedTensor | torch.Tensor]"
 Progress: TypeAlias = Callable[[int, int], None]
@@ -83,8 +86,9 @@ def file_kind(content: Content, container: str) -> tuple[str, str]:
                 f"holds {convention.formats}: set format to '{AUTO}', or quantize to one of these first."
             )
         return ".safetensors", convention.name
-    # Scaled FP8 stays packed in every ComfyUI; ComfyUI's own FP8 is loaded by ComfyUI, which calculates differently.
-    for name in (content.backend, "scaled_fp8", *CONVENTIONS):
+    # ComfyUI's own convention last: newer ComfyUI loads such files itself and calculates in another way.
+    others_first = sorted(CONVENTIONS, key=lambda name: name == _CORE)
+    for name in (_PREFERRED.get(content.backend, content.backend), *others_first):
         if name in CONVENTIONS and all(map(CONVENTIONS[name].holds, formats)):
             return ".safetensors", name
     raise SnugError(
