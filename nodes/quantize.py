@@ -6,7 +6,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .adapter.quantizing import DEVICES, QuantizeSettings, available_targets, quantize_clip, quantize_model
+from .adapter.quantizing import (
+    DEVICES,
+    QuantizeSettings,
+    available_targets,
+    memory_targets,
+    quantize_clip,
+    quantize_model,
+)
 from .quantize_inputs import skip_input, target_input
 
 Calibration = io.Custom("SNUG_CALIBRATION")
@@ -81,7 +88,7 @@ class SnugQuantizeModel(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model, from any loader. It is not changed."),
-                target_input(available_targets()),
+                target_input([*available_targets(), *memory_targets()]),
                 skip_input(
                     "the embedders of image, text, time and position, norms, modulation where it is delicate, and the "
                     "last layer"
@@ -119,7 +126,7 @@ class SnugQuantizeTextEncoder(io.ComfyNode):
             ),
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoders, from any loader. They are not changed."),
-                target_input(available_targets()),
+                target_input([*available_targets(), *memory_targets()]),
                 skip_input("embedding tables, norms and the projection at the end"),
                 *_more_inputs("text encoder"),
             ],

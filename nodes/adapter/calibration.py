@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ...quant_backends.core.errors import SnugError
+from ...quant_backends.core.version import pack_version
 from ...quant_backends.quantization.calibration import Calibration, load_calibration, save_calibration
 from ...quant_backends.quantization.recording import Recorder
 from .compat import supported_arguments
@@ -188,7 +189,7 @@ def _counted(network: torch.nn.Module) -> Any:
 
 
 def _finish(recorder: Recorder, keep: Keep, calls: int, **info: Any) -> tuple[Calibration, str]:
-    calibration = recorder.calibration(calls=calls, **info)
+    calibration = recorder.calibration(calls=calls, version=pack_version(), **info)
     idle = recorder.idle
     if keep.previous is not None:
         calibration = keep.previous.joined(calibration)

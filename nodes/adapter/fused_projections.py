@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...quant_backends.formats.eight_bit_products import EightBitProducts
 from ...quant_backends.kernels.dequantize import dequantize_packed
 from ...quant_backends.kernels.linear import CPU_TILE
 from .layout import is_packed, packed_tensor
@@ -111,9 +112,12 @@ class FusedProjections:
 
 
 def _decodes(layer: PackedLinear) -> bool:
-    """Whether the layer decodes its weight for each call; LoRA beside the weight or kept merged are other ways."""
+    """Whether the layer decodes its weight for each call; LoRA beside the weight, or kept merged, and products in 8
+    bits are other ways."""
     patches = layer.weight_patches
-    return is_packed(layer.weight) and (patches is None or (patches.branch is None and patches.kept is None))
+    if not is_packed(layer.weight) or isinstance(packed_tensor(layer.weight).format, EightBitProducts):
+        return False
+    return patches is None or (patches.branch is None and patches.kept is None)
 
 
 def find_projections(network: torch.nn.Module) -> Iterator[FusedProjections]:

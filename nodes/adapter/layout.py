@@ -31,6 +31,9 @@ PART_NAMES = (
     "scale",
     "zero",
     "shift",
+    "factor",
+    "step",
+    "offset",
     "absmax",
     "quant_map",
     "nested_absmax",
@@ -52,6 +55,9 @@ class PackedLayout(QuantizedLayout):
         format: str
         zero: torch.Tensor | None = None
         shift: torch.Tensor | None = None
+        factor: torch.Tensor | None = None
+        step: torch.Tensor | None = None
+        offset: torch.Tensor | None = None
         absmax: torch.Tensor | None = None
         quant_map: torch.Tensor | None = None
         nested_absmax: torch.Tensor | None = None

@@ -14,6 +14,7 @@ from ...quant_backends.core.errors import SnugError
 from ...quant_backends.quantization import LayerInfo, Recipe, make_recipe, targets
 from ...quant_backends.quantization.automatic import Mix, automatic_mix
 from ...quant_backends.quantization.calibration import Calibration
+from ...quant_backends.quantization.targets import product_targets
 from .conversion import NETWORK, Conversion, encoding_device, layer_info, make_room, shared_weights
 from .provenance import with_recipe
 from .reweight import replaceable_layers, reweight, reweight_clip, unload
@@ -43,6 +44,11 @@ class QuantizeSettings:
 def available_targets() -> list[str]:
     """Names of the targets that can be chosen here, in the order of menus."""
     return [target.name for target in targets().values() if not target.unavailable]
+
+
+def memory_targets() -> list[str]:
+    """What a model in memory can be quantized to besides: layers that multiply in 8 bits."""
+    return list(product_targets())
 
 
 def unavailable_targets() -> dict[str, str]:
@@ -102,6 +108,7 @@ def _quantizing(patcher: Any, settings: QuantizeSettings, prefix: str) -> _Quant
         skip=settings.skip,
         is_text_encoder=not prefix,
         importance=importance,
+        statistics=settings.calibration.layers if settings.calibration else None,
     )
     device = torch.device("cpu") if settings.device == "cpu" else encoding_device(patcher)
     if device is not None:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from ..core.errors import SnugError
 from .base import FORMATS, Format
 from .bitsandbytes_4bit import BitsAndBytes4Bit
+from .eight_bit_products import EightBitProducts
 from .quanto_groups import QuantoGroups
 from .rotated_rows import RotatedRows
 from .scaled_base import ScaledFormat
@@ -14,6 +15,7 @@ from .scaled_elements import ScaledElements
 
 __all__ = [
     "BitsAndBytes4Bit",
+    "EightBitProducts",
     "QuantoGroups",
     "RotatedRows",
     "ScaledElements",
@@ -26,7 +28,7 @@ __all__ = [
 @lru_cache(maxsize=256)
 def scaled_format(name: str) -> ScaledFormat:
     """The format called `name`; SnugError when there is none."""
-    for kind in (BitsAndBytes4Bit, ScaledElements, QuantoGroups, RotatedRows):
+    for kind in (BitsAndBytes4Bit, ScaledElements, QuantoGroups, RotatedRows, EightBitProducts):
         found = kind.parse(name)
         if found is not None:
             return found

@@ -16,6 +16,7 @@ from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
 from ..formats.scaled_base import ScaledFormat
 from .dequantize import SCRATCH_BYTES, dequantize_packed
+from .eight_bit import eight_bit_linear, rounds_input
 
 # Weights in one decoded tile, 8 MiB of float32. Half of it makes K-quants up to a third slower, for their many
 # small operations and the narrow matmuls; twice of it no longer stays in the cache with its intermediates.
@@ -32,7 +33,10 @@ def linear(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = No
 
     weight: on x's device; decoded to x's dtype. Differentiable with respect to x and bias.
     """
+    # 8-bit products round x as well, unless there is a gradient to be had or they would not pay.
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    if not needs_grad and rounds_input(weight, x):
+        return eight_bit_linear(x, weight, bias)
     decode = None if x.device.type != "cpu" or needs_grad else _row_decoder(weight)
     if decode is None:
         return F.linear(x, dequantize_packed(weight, x.dtype), bias)

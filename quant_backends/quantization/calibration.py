@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +28,12 @@ from typing import Any
 import torch
 
 from ..core.errors import FileFormatError, SnugError
-from ..readers.safetensors_file import METADATA, SafetensorsFile
+from ..readers.safetensors_file import SafetensorsFile
+from ..writers.safetensors_file import write_safetensors
 
 METADATA_KEY = "snug_calibration"
 _PARTS = {"mean_square": torch.float32, "absmax": torch.float32, "range": torch.float32, "rows": torch.int64}
 _SAMPLE = "sample"
-_DTYPE_NAMES = {torch.float32: "F32", torch.int64: "I64", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,10 @@ class Calibration:
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Writes the file whole or not at all; one of the same name is replaced. Raises OSError."""
+    """Writes the file whole or not at all; one of the same name is replaced.
+
+    Raises OSError, and SnugError when the disk is too full.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, found in calibration.layers.items():
         tensors[f"{name}.mean_square"] = found.mean_square
@@ -123,27 +124,8 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
         tensors[f"{name}.rows"] = torch.tensor([found.rows])
         if found.sample is not None:
             tensors[f"{name}.{_SAMPLE}"] = found.sample
-    header: dict[str, Any] = {METADATA: {METADATA_KEY: json.dumps(dict(calibration.info), sort_keys=True)}}
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].itemsize):  # all aligned
-        begin, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for name in header:
-                if name != METADATA:
-                    file.write(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    description = json.dumps(dict(calibration.info), sort_keys=True)
+    write_safetensors(path, tensors, metadata={METADATA_KEY: description})
 
 
 def load_calibration(path: Path) -> Calibration:

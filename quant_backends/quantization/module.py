@@ -14,6 +14,7 @@ import torch
 
 from ..core.errors import SnugError
 from ..core.packed import PackedTensor
+from .calibration import LayerStatistics
 from .layers import LayerInfo
 from .packed_layers import DATA, KINDS, PackedWeight, pack_layer
 from .recipe import Recipe, make_recipe
@@ -54,16 +55,18 @@ def quantize_module(
     kinds: Iterable[str] = ("linear",),
     importance: Mapping[str, torch.Tensor] | None = None,
     overrides: Mapping[str, str] | None = None,
+    statistics: Mapping[str, LayerStatistics] | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> ModuleReport:
     """Quantizes the layers of `module` in place, one after the other, and says what it did.
 
-    target: a name of `targets()`. skip: regular expressions for names of layers that keep their precision, between
-    commas; "default" stands for what is delicate in the architecture. text_encoder: whether its defaults are those of
-    text encoders; None finds out by its tables. kinds: "linear", "conv", "embedding". importance, overrides: as in
-    `Recipe`. device: where to calculate, such as "cuda"; None is where each weight is. progress: called with weights
-    done and their number; it may raise to stop, which leaves the module with the layers that are done.
+    target: a name of `targets()` or `product_targets()`. skip: regular expressions for names of layers that keep their
+    precision, between commas; "default" stands for what is delicate in the architecture. text_encoder: whether its
+    defaults are those of text encoders; None finds out by its tables. kinds: "linear", "conv", "embedding".
+    importance, overrides, statistics: as in `Recipe`. device: where to calculate, such as "cuda"; None is where each
+    weight is. progress: called with weights done and their number; it may raise to stop, which leaves the module with
+    the layers that are done.
 
     Raises SnugError for an unknown target or pattern.
     """
@@ -80,6 +83,7 @@ def quantize_module(
         overrides=overrides,
         importance=importance,
         kinds=kinds,
+        statistics=statistics,
     )
     uses = Counter(id(layer.weight) for _, layer in layers)
     work = _Work(recipe, None if device is None else torch.device(device), uses)

@@ -13,9 +13,10 @@ from ..core.packed import PackedTensor
 from ..formats.scaled import format_called
 from ..memory.layerwise import SkipRules, parse_skip_patterns
 from ..writers.mixes import block_numbers
+from .calibration import LayerStatistics
 from .layers import LayerInfo
 from .target import AnyFormat, Target
-from .targets import find_target
+from .targets import find_target, product_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Recipe:
 
     overrides: layer name to format name, "" to keep the layer; these win over skip. importance: layer name to float32
     [in], the mean square of each input channel. positions: of the layers, see `block_numbers`. kinds: of layers that
-    are quantized at all.
+    are quantized at all. statistics: of each layer's input, for targets that need a calibration.
     """
 
     target: Target
@@ -33,6 +34,7 @@ class Recipe:
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
     positions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     kinds: frozenset[str] = frozenset({"linear"})
+    statistics: Mapping[str, LayerStatistics] = field(default_factory=dict)
 
     def format_for(self, layer: LayerInfo) -> AnyFormat | None:
         """The format that the layer's weight gets; None: it stays as it is."""
@@ -51,12 +53,15 @@ class Recipe:
         fmt = self.format_for(layer)
         if fmt is None:
             return None
-        importance = self.importance.get(layer.name)
+        statistics = self.statistics.get(layer.name)
+        importance = self.importance.get(layer.name, None if statistics is None else statistics.mean_square)
         if importance is not None and tuple(importance.shape) != layer.shape[1:2]:
             raise SnugError(
                 f"The calibration of layer {layer.name!r} has the shape {tuple(importance.shape)}, but its weight is "
                 f"{layer.shape}; it was made with another model."
             )
+        if self.target.calibrated is not None:
+            return self.target.calibrated(weight.detach(), fmt, statistics)
         return self.target.encode(weight.detach(), fmt, importance)
 
     def describe(self) -> dict[str, Any]:
@@ -80,19 +85,29 @@ def make_recipe(
     overrides: Mapping[str, str] | None = None,
     importance: Mapping[str, torch.Tensor] | None = None,
     kinds: Iterable[str] = ("linear",),
+    statistics: Mapping[str, LayerStatistics] | None = None,
 ) -> Recipe:
     """The recipe for a network with these layers.
 
     parameters: names of all its parameters, which tell the architecture; None: the layers' weights are all there are.
-    skip: as `parse_skip_patterns` takes it. Raises SnugError for an unknown target or pattern.
+    skip: as `parse_skip_patterns` takes it. Raises SnugError for an unknown target or pattern,
+    and for a target that needs a calibration without statistics.
     """
     names = [layer.name for layer in layers]
     known = [f"{name}.weight" for name in names] if parameters is None else parameters
+    if isinstance(target, str):
+        target = product_targets().get(target) or find_target(target)
+    if target.calibrated is not None and not statistics:
+        raise SnugError(
+            f"{target.name} needs a calibration, as it chooses the scales of activations beforehand: record one with "
+            f"Calibrate (Snug), or choose {target.name.replace('static', 'dynamic')}."
+        )
     return Recipe(
-        find_target(target) if isinstance(target, str) else target,
+        target,
         parse_skip_patterns(skip, known, is_text_encoder),
         dict(overrides or {}),
         dict(importance or {}),
         block_numbers(names),
         frozenset(kinds),
+        dict(statistics or {}),
     )

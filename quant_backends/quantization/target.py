@@ -14,6 +14,7 @@ from ..core.packed import PackedTensor
 from ..formats import Format
 from ..formats.scaled import ScaledFormat
 from ..kernels.dequantize import quantize_packed
+from .calibration import LayerStatistics
 from .layers import LayerInfo
 
 AnyFormat: TypeAlias = "type[Format] | ScaledFormat"
@@ -21,6 +22,8 @@ AnyFormat: TypeAlias = "type[Format] | ScaledFormat"
 Choose: TypeAlias = Callable[[LayerInfo, int, int], "AnyFormat | None"]
 # (weight, its format, mean square of each input channel or None) -> the packed weight, where the weight is.
 Encode: TypeAlias = Callable[[torch.Tensor, "AnyFormat", "torch.Tensor | None"], PackedTensor]
+# The same with everything that a calibration tells of the layer's input; None for a layer that did not run.
+EncodeCalibrated: TypeAlias = Callable[[torch.Tensor, "AnyFormat", "LayerStatistics | None"], PackedTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Target:
     choose: which format a layer gets; encode: how a weight is put into it, with the library's own arithmetic where the
     target is named after a library. bits: per weight, of most layers, scales included.
     note: what a user should know besides, a sentence or nothing.
+    calibrated: in place of encode, for a target that needs a calibration.
     unavailable: why it cannot be chosen here and what to take instead, in one sentence; empty when it can.
     """
 
@@ -40,6 +44,7 @@ class Target:
     bits: float
     encode: Encode = quantize_packed
     note: str = ""
+    calibrated: EncodeCalibrated | None = None
     unavailable: str = ""
 
     def format_for(self, layer: LayerInfo, block: int = 0, blocks: int = 1) -> AnyFormat | None:

@@ -7,14 +7,22 @@ from collections.abc import Mapping
 from ..core.errors import SnugError
 from .gguf_targets import GGUF
 from .library_targets import LIBRARIES, SIZED
+from .product_targets import PRODUCTS
 from .target import Target
 
 _TARGETS: Mapping[str, Target] = {target.name: target for target in (*GGUF, *LIBRARIES)}
+# What layers calculate with rather than what a file holds.
+_PRODUCTS: Mapping[str, Target] = {target.name: target for target in PRODUCTS}
 
 
 def targets() -> Mapping[str, Target]:
     """Every target by its name, in the order of menus; those that are not available say why."""
     return dict(_TARGETS)
+
+
+def product_targets() -> Mapping[str, Target]:
+    """Those that make layers multiply in 8 bits, which no file is written in; by name, in the order of menus."""
+    return dict(_PRODUCTS)
 
 
 def find_target(name: str, size: int | None = None) -> Target:
