@@ -134,7 +134,7 @@ def errors_of(model: TinyNetwork, recipes: dict[str, Recipe], rows: dict[str, Ro
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--comfyui", default=os.environ.get("SNUG_COMFYUI_PATH"), help="folder of ComfyUI")
     parser.add_argument("--only", default="", help="only targets whose names contain this")
     add_output_arguments(parser)

@@ -78,7 +78,8 @@ def test_a_safetensors_file(target: str, model: Path, tensors: Tensors, snug: Ru
         packed = found[LAYERS[0]]
         assert isinstance(packed, PackedTensor)
         assert torch.equal(dequantize_packed(packed), dequantize_packed(expected))
-        assert torch.equal(found["text_embedding.0.weight"], tensors["text_embedding.0.weight"])
+        kept = found["text_embedding.0.weight"]
+        assert isinstance(kept, torch.Tensor) and torch.equal(kept, tensors["text_embedding.0.weight"])
 
 
 def test_own_exclusions(model: Path, snug: Run, tmp_path: Path) -> None:
@@ -220,7 +221,7 @@ def test_memory_holds_a_few_tensors(snug: Run, tmp_path: Path, monkeypatch: pyte
         pytest.skip("the system does not say how much memory of its own a process has")
     names = {"head.modulation": (1, 2, 256), "blocks.0.self_attn.norm_q.weight": (256,)}
     tensors = {name: torch.zeros(shape) for name, shape in names.items()}
-    tensors.update({f"blocks.{block}.ffn.0.weight": torch.ones(2048, 1024).bfloat16() for block in range(24)})
+    tensors.update({f"blocks.{block}.ffn.0.weight": torch.ones(2048, 1024).bfloat16() for block in range(48)})
     save_file(tensors, tmp_path / "large.safetensors")
     tensors.clear()
     peak = [0]
@@ -238,5 +239,5 @@ def test_memory_holds_a_few_tensors(snug: Run, tmp_path: Path, monkeypatch: pyte
     before = own_memory()
     code, _, _ = snug("quantize", tmp_path / "large.safetensors", tmp_path / "out.gguf", "--to", "GGUF Q8_0")
     assert code == 0
-    # A tensor takes 8 MiB in float32; together, quantized, they take 51.
-    assert peak[0] - before < 30 << 20
+    # A tensor takes 8 MiB in float32, and encoding it some more; together, quantized, they take 102.
+    assert peak[0] - before < 64 << 20
