@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from .core.backend import Backend, FileKind, FormatFamily
@@ -66,7 +68,8 @@ class BitsAndBytes(Backend):
             )
         state = functional.QuantState(
             absmax=parts["absmax"].view(-1),
-            shape=torch.Size(packed.shape),
+            # Blocks cross rows, which the library's code for AVX-512 overlooks: one row has none to cross.
+            shape=torch.Size((1, math.prod(packed.shape))),
             code=own_map,
             blocksize=fmt.block_size,
             quant_type=fmt.quant_type,

@@ -307,3 +307,11 @@ def test_encoding_by_the_library(backend: type[Backend], name: str) -> None:
         return
     assert packed.format == fmt and packed.shape == values.shape
     assert (dequantize_packed(packed) - values).norm() < 0.85 * values.norm()
+
+
+@pytest.mark.parametrize("name", ["bnb-nf4-64", "bnb-fp4-128-nested-256"])
+def test_bitsandbytes_decodes_blocks_that_cross_rows(name: str) -> None:
+    """The library's code for AVX-512 takes every row for blocks of its own."""
+    values = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    packed = registry.BACKENDS["bitsandbytes"].quantize(values, format_called(name))
+    assert torch.equal(registry.BACKENDS["bitsandbytes"].dequantize(packed), dequantize_packed(packed))
