@@ -99,11 +99,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--types", nargs="+", choices=[fmt.name for fmt in TYPES], metavar="TYPE", help="these alone"
+    )
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch's threads")
     parser.add_argument("--rounds", type=int, default=5)
     add_output_arguments(parser)
     arguments = parser.parse_args()
+    types = [fmt for fmt in TYPES if arguments.types is None or fmt.name in arguments.types]
     command = command_line()
     facts = environment("numpy", "gguf", "libgguf")
     text = heading("Quantizing weights to ggml's types on the CPU", command, facts)
@@ -113,7 +117,7 @@ def main() -> None:
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         rows = []
-        for fmt in TYPES:
+        for fmt in types:
             found = speeds(contenders(fmt, weights), weights.nbytes, arguments.rounds)
             result["speed"].setdefault(str(threads), {})[fmt.name] = found
             cells = [f"{found[key][0]:.0f}" if key in found else "–" for key in ("snug", "libgguf", "gguf")]
@@ -131,7 +135,7 @@ def main() -> None:
         print(part, flush=True)
         text += "\n" + part
     rows = []
-    for fmt in TYPES:
+    for fmt in types:
         if fmt.name in EXACT:
             continue
         found = errors(fmt, 256)

@@ -19,6 +19,8 @@ from .words import column_words, extract, half_floats, number
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_TABLE_UNIT = 4  # the table of codes is for weights divided by this many steps
+_TABLE_SHIFT, _TABLE_SIZE = 21, 2048  # sign, exponent and two bits of the mantissa of a float32
 
 
 def _look_up(
@@ -79,7 +81,6 @@ class MXFP4(Format):
     """e u8 | qs 16 bytes as in IQ4_NL; 2^(e - 128) * twice the e2m1 value (OCP microscaling)."""
 
     ggml_type, block_size, block_bytes = 39, 32, 17
-    searches = True
 
     @classmethod
     def decode(cls, blocks: torch.Tensor, out: torch.Tensor, scratch: Scratch) -> None:
@@ -93,10 +94,16 @@ class MXFP4(Format):
         wide = largest if values.device.type == "mps" else largest.double()
         exponent = to_integers(wide.log2().float().floor() + 125) & 255
         exponent = torch.where(largest > 0, exponent, 0)
-        table = torch.tensor(_E2M1_DOUBLED, dtype=torch.float32, device=values.device)
-        candidates = _e8m0_halves(values.device)[exponent] * table
-        codes = (candidates.unsqueeze(1) - values.unsqueeze(2)).abs().argmin(2)
-        return torch.cat([exponent.to(torch.uint8), pack_nibbles(codes.to(torch.uint8))], dim=1)
+        scale = _e8m0_halves(values.device)[exponent]
+        # Powers of two, so that the product is exact; by this unit the factor of no exponent in use is subnormal.
+        bits = (values * (scale * _TABLE_UNIT).reciprocal()).view(torch.int32)
+        index = bits.sub_(1).bitwise_right_shift_(_TABLE_SHIFT).bitwise_and_(_TABLE_SIZE - 1)
+        codes = _e2m1_codes(values.device).index_select(0, index.view(-1)).view(values.shape)
+        # Beside inf and NaN the scale is far too small for the other weights: their errors differ by rounding alone.
+        unusable = (~largest.isfinite()).view(-1).nonzero().view(-1)
+        if unusable.numel():
+            codes[unusable] = _nearest_e2m1(values[unusable], scale[unusable])
+        return torch.cat([exponent.to(torch.uint8), pack_nibbles(codes)], dim=1)
 
 
 class NVFP4(Format):
@@ -121,6 +128,24 @@ def _e8m0_halves(device: torch.device) -> torch.Tensor:
     exponent = torch.arange(256, dtype=torch.int32)
     bits = torch.where(exponent < 2, 0x200000 << exponent.clamp(max=1), (exponent - 1) << 23)
     return bits.view(torch.float32).to(device)
+
+
+def _nearest_e2m1(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, k]: the first code of least error for values [n, k] with scale [n, 1], as the gguf package finds it."""
+    candidates = scale * torch.tensor(_E2M1_DOUBLED, dtype=torch.float32, device=values.device)
+    return (candidates.unsqueeze(1) - values.unsqueeze(2)).abs_().argmin(2).to(torch.uint8)
+
+
+@functools.cache
+def _e2m1_codes(device: torch.device) -> torch.Tensor:
+    """uint8 [_TABLE_SIZE]: the code of a weight divided by `_TABLE_UNIT` steps, by the upper bits of (its bits - 1).
+
+    The middle of two neighbours has no lower bits. The 1 puts it beside smaller magnitudes, whose code comes first,
+    and both zeros among the NaN, which get code 0.
+    """
+    inside = (torch.arange(_TABLE_SIZE) << _TABLE_SHIFT) + (1 << _TABLE_SHIFT - 1)
+    values = inside.to(torch.int32).view(torch.float32).nan_to_num(0.0).view(1, -1)
+    return _nearest_e2m1(values, torch.full((1, 1), 1 / _TABLE_UNIT)).view(-1).to(device)
 
 
 @functools.cache

@@ -25,7 +25,7 @@ CPU_CHUNK = 1 << 20
 GPU_CHUNK = 1 << 21
 # Scratch per weight: no format needs more, the float32 copy of a narrower output included.
 SCRATCH_BYTES = 16
-# An encoder's intermediates take up to this many times a decoder's (MXFP4 compares 16 candidates a weight).
+# The intermediates of an encoder that searches take up to this many times a decoder's.
 ENCODER_COST = 16
 
 

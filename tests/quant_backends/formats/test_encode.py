@@ -23,6 +23,13 @@ def _cases() -> dict[str, np.ndarray]:
     normal = rng.standard_normal((6, 512)).astype(np.float32)
     below_powers = np.nextafter(np.exp2(np.arange(-140, 128)).astype(np.float32), np.float32(0))
 
+    # Between two codes of four bits in blocks whose scale is 1, beside the numbers next to it, of both signs.
+    middles = np.array([0.5, 1.5, 2.5, 3.5, 5, 7, 10, 12], np.float32)
+    middles = np.concatenate(
+        [middles, np.nextafter(middles, np.float32(0)), np.nextafter(middles, np.float32(16))]
+    )
+    middles = np.concatenate([middles, -middles, np.zeros(16, np.float32)])
+
     def with_some(value: float) -> np.ndarray:
         return np.where(rng.random(normal.shape) < 0.01, np.float32(value), normal)
 
@@ -35,6 +42,7 @@ def _cases() -> dict[str, np.ndarray]:
         "smallest": normal * np.float32(1e-38),
         "subnormal": normal * np.float32(1e-42),
         "ties": np.round(normal * 4) / 4,
+        "middles": np.exp2(np.arange(-120, 120, dtype=np.float32)).reshape(-1, 1) * np.tile(middles, 8),
         "powers of two": np.exp2(np.round(normal * 30)).astype(np.float32),
         "just below powers of two": np.repeat(below_powers, 256).reshape(-1, 256),
         "some NaN": with_some(np.nan),
