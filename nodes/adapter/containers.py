@@ -91,6 +91,12 @@ def file_kind(content: Content, container: str) -> tuple[str, str]:
     for name in (_PREFERRED.get(content.backend, content.backend), *others_first):
         if name in CONVENTIONS and all(map(CONVENTIONS[name].holds, formats)):
             return ".safetensors", name
+    unfit = [fmt.name for fmt in formats if not any(kind.holds(fmt) for kind in CONVENTIONS.values())]
+    if unfit:
+        raise SnugError(
+            f"{content.formats[unfit[0]]} weights are in {unfit[0]}, which no kind of safetensors file holds; quantize "
+            f"them to another format with Quantize Model (Snug) and its input requantize."
+        )
     raise SnugError(
         f"The weights are in {', '.join(others)}, and no kind of safetensors file holds all of these; quantize all of "
         f"them to one format with Quantize Model (Snug) and its input requantize."

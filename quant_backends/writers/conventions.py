@@ -12,6 +12,7 @@ import torch
 from ..core.errors import SnugError
 from ..core.packed import PackedTensor
 from ..formats import Format
+from ..formats.eight_bit_products import EightBitProducts
 from ..formats.scaled import BitsAndBytes4Bit, QuantoGroups, RotatedRows, ScaledElements, ScaledFormat
 from .torchao_tensors import describe_torchao, holds_torchao, store_torchao
 
@@ -131,11 +132,12 @@ def _quanto_metadata(weights: Mapping[str, Stored], plain: list[str]) -> dict[st
     }
 
 
-# ComfyUI's first scaled FP8 (comfy.utils.convert_old_quants).
+# ComfyUI's first scaled FP8 (comfy.utils.convert_old_quants). This convention and the next do not tell that a layer
+# multiplies in 8 bits: of those that need nothing but their weight for it, they hold the weight, scaled by row.
 
 
 def _holds_scaled_fp8(fmt: AnyFormat) -> bool:
-    return _elements(fmt, _FLOAT8, _WHOLE)
+    return _elements(fmt, _FLOAT8, _WHOLE) or fmt == EightBitProducts("float8_e4m3fn")
 
 
 def _store_scaled_fp8(name: str, packed: PackedTensor, dtype: torch.dtype) -> Tensors:
@@ -143,7 +145,8 @@ def _store_scaled_fp8(name: str, packed: PackedTensor, dtype: torch.dtype) -> Te
 
 
 def _scaled_fp8_mark(weights: Mapping[str, Stored], prefix: str) -> Tensors:
-    stored = next((s.format.stored for s in weights.values() if isinstance(s.format, ScaledElements)), "")
+    kinds = (ScaledElements, EightBitProducts)
+    stored = next((s.format.stored for s in weights.values() if isinstance(s.format, kinds)), "")
     return {f"{prefix}scaled_fp8": torch.empty(0, dtype=getattr(torch, stored))} if stored else {}
 
 
@@ -159,6 +162,7 @@ def _core_scale(packed: PackedTensor) -> torch.Tensor:
 def _holds_core(fmt: AnyFormat) -> bool:
     return (
         isinstance(fmt, RotatedRows)
+        or fmt == EightBitProducts("int8")
         or _elements(fmt, _FLOAT8, ((0, 0),))
         or _elements(fmt, ("int8",), _WHOLE)
     )
