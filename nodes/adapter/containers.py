@@ -13,7 +13,9 @@ from ...quant_backends.core.errors import SnugError
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.formats import FORMATS
 from ...quant_backends.formats.scaled import format_called
-from ...quant_backends.writers import CONVENTIONS, write_gguf, write_safetensors
+from ...quant_backends.readers.text_encoder_tables import FAMILIES
+from ...quant_backends.writers import CONVENTIONS, write_gguf, write_safetensors, write_text_encoder_gguf
+from ...quant_backends.writers.gguf_file import MetadataValue
 
 AUTO, GGUF, SAFETENSORS = "auto", "GGUF", "safetensors"
 _CONVENTION = {f"{SAFETENSORS} ({name})": name for name in CONVENTIONS}
@@ -26,12 +28,34 @@ Tensors: TypeAlias = "Mapping[str, PackedTensor | torch.Tensor]"
 Progress: TypeAlias = Callable[[int, int], None]
 
 
+class Renamed(Mapping[str, "PackedTensor | torch.Tensor"]):
+    """Tensors under other names (new to old), and a few more behind them."""
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str], more: Tensors) -> None:
+        self._tensors, self._names, self._more = tensors, names, more
+
+    def __getitem__(self, name: str) -> PackedTensor | torch.Tensor:
+        return self._tensors[self._names[name]] if name in self._names else self._more[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._names
+        yield from self._more
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._more)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or name in self._more
+
+
 @dataclass(frozen=True)
 class Content:
     """What goes into one file.
 
     tensors: of one network; made when they are asked for. formats: how many weights are in each quantized format, by
     its name. nbytes: of all tensors, at most. texts: metadata. backend: what the weights were quantized for, if known.
+    is_text_encoder, encoder: whether it is of a CLIP, and which of its networks, None for what belongs to none.
+    architecture: general.architecture of a GGUF file; "" finds it from the names. metadata: its further metadata.
     """
 
     tensors: Tensors
@@ -40,6 +64,9 @@ class Content:
     texts: Mapping[str, str] = field(default_factory=dict)
     backend: str = ""
     is_text_encoder: bool = False
+    encoder: torch.nn.Module | None = None
+    architecture: str = ""
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
 
 
 def file_kind(content: Content, container: str) -> tuple[str, str]:
@@ -54,11 +81,6 @@ def file_kind(content: Content, container: str) -> tuple[str, str]:
     if container not in CONTAINERS:
         raise SnugError(f"There is no file format {container!r}; choose one of {', '.join(CONTAINERS)}.")
     if container == GGUF or (container == AUTO and ggml and not others):
-        if content.is_text_encoder:
-            raise SnugError(
-                "Text encoders cannot be saved as GGUF, whose tensors have other names and orders in them; quantize "
-                "them to another format, such as FP8 or bitsandbytes NF4, with Quantize Text Encoder (Snug)."
-            )
         if others:
             raise SnugError(
                 f"{content.formats[others[0]]} weights are in {others[0]}, which GGUF files do not have; set format to "
@@ -131,8 +153,18 @@ def _write(path: Path, content: Content, convention: str, progress: Progress) ->
         return
     # Keys are named as GGUF wants it, with what they belong to in front; LTX-Video's is the exception.
     known = {"config": "config", "snug_provenance": "snug.provenance"}
-    metadata = {known.get(name, f"comfy.{name}"): text for name, text in content.texts.items()}
-    write_gguf(path, _Exact(content.tensors), None, metadata=metadata, progress=progress)
+    texts = {
+        known.get(name, f"comfy.{name}"): text for name, text in content.texts.items() if name != "format"
+    }
+    metadata = {**texts, **content.metadata}
+    tensors = _Exact(content.tensors)
+    if content.architecture in FAMILIES:
+        write_text_encoder_gguf(
+            path, tensors, content.architecture, None, metadata=metadata, progress=progress
+        )
+    else:
+        architecture = content.architecture or None
+        write_gguf(path, tensors, None, architecture=architecture, metadata=metadata, progress=progress)
 
 
 class _Exact(Mapping[str, "PackedTensor | torch.Tensor"]):

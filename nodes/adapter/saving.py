@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from comfy.cli_args import args
 from ...quant_backends.core.errors import SnugError
 from ...quant_backends.core.version import pack_version
 from ...quant_backends.readers.repairs import rename_qk_norms
-from .containers import AUTO, Content, Tensors, file_kind, write
+from .containers import AUTO, Content, Renamed, Tensors, file_kind, write
 from .conversion import NETWORK
+from .encoder_gguf import as_gguf
 from .model_tensors import LEAVE_OUT, MERGE, REFUSE, ModelTensors
 from .output_path import FOLDERS, NUMBER, output_path
 from .provenance import Provenance, hashes, provenance_of
@@ -60,49 +61,33 @@ def save_model(patcher: Any, settings: SaveSettings) -> list[Path]:
 
 
 def save_text_encoders(clip: Any, settings: SaveSettings) -> list[Path]:
-    """Writes each text encoder of a CLIP into a file of its own, under Hugging Face's names; returns the paths.
+    """Writes each text encoder of a CLIP into a file of its own; returns the paths.
 
-    Errors as of `save_model`.
+    Names are Hugging Face's in safetensors, see `as_gguf` for GGUF. Errors as of `save_model` and `as_gguf`.
     """
     tensors = _tensors(clip.patcher, "", settings)
     groups = _encoders(clip.cond_stage_model, tensors)
     tokenizer = {
         name: value for name, value in clip.tokenizer.state_dict().items() if isinstance(value, torch.Tensor)
     }
-    owner = next((prefix for prefix in reversed(groups) if not prefix.startswith("clip_")), "")
+    owner = next((prefix for prefix in reversed(groups) if prefix and not prefix.startswith("clip_")), "")
     contents = {
-        prefix: _content(tensors, names, tokenizer if prefix == owner else {})
+        prefix: replace(
+            _content(tensors, names, tokenizer if prefix == owner else {}),
+            encoder=getattr(clip.cond_stage_model, prefix).transformer if prefix else None,
+            is_text_encoder=True,
+        )
         for prefix, names in groups.items()
     }
     return _save(clip.patcher, contents, settings, "text_encoders", {"format": "pt"})
 
 
-class _Renamed(Mapping[str, Any]):
-    """Tensors under other names (new to old), and a few more behind them."""
-
-    def __init__(self, tensors: ModelTensors, names: Mapping[str, str], more: Tensors) -> None:
-        self._tensors, self._names, self._more = tensors, names, more
-
-    def __getitem__(self, name: str) -> Any:
-        return self._tensors[self._names[name]] if name in self._names else self._more[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._names
-        yield from self._more
-
-    def __len__(self) -> int:
-        return len(self._names) + len(self._more)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names or name in self._more
-
-
 def _content(tensors: ModelTensors, names: Mapping[str, str], more: Tensors) -> Content:
-    """What goes into a file; arguments as of `_Renamed`."""
+    """What goes into a file; arguments as of `Renamed`."""
     found = (tensors.format_of(name) for name in names.values())
     formats = Counter(name for name in found if name is not None)
     nbytes = sum(map(tensors.nbytes_of, names.values())) + sum(value.nbytes for value in more.values())
-    return Content(_Renamed(tensors, names, more), dict(formats.most_common()), nbytes)
+    return Content(Renamed(tensors, names, more), dict(formats.most_common()), nbytes)
 
 
 def _tensors(patcher: Any, prefix: str, settings: SaveSettings) -> ModelTensors:
@@ -126,8 +111,10 @@ def _save(
     backend = backends[-1] if backends else ""
     jobs = []
     for part, content in files.items():  # all names before anything is written
-        content = replace(content, backend=backend, is_text_encoder=key == "text_encoders")
+        content = replace(content, backend=backend)
         ending, convention = file_kind(content, settings.container)
+        if ending == ".gguf" and content.is_text_encoder:
+            content = as_gguf(content)
         prefix = f"{settings.prefix}_{part}" if len(files) > 1 else settings.prefix
         path = output_path(prefix, ending, settings.folder, key, settings.collision)
         jobs.append((path, content, convention))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from .gguf_file import GGUFFile
 from .gguf_tensors import TensorInfo
 from .gguf_values import Metadata, shown
 from .model_kind import text_value
+from .repairs import original_shape
 from .text_encoder_kinds import refuse_other_kinds
 from .text_encoder_tables import (
     DIRECT_TENSORS,
@@ -147,11 +148,16 @@ def open_text_encoder_gguf(path: str | os.PathLike[str]) -> TextEncoderGGUF:
     gated = any(".ffn_gate." in name for name in file.tensors)
     overrides = T5_UNGATED if family is FAMILIES["t5encoder"] and not gated else {}
     infos = {
-        new: info
+        new: _in_original_shape(file, info)
         for name, info in file.tensors.items()
         if (new := mapped_name(name, family.names, overrides)) is not None
     }
     return TextEncoderGGUF(file, architecture, family, infos)
+
+
+def _in_original_shape(file: GGUFFile, info: TensorInfo) -> TensorInfo:
+    """Kernels of a vision part may have five dimensions, one more than ggml has."""
+    return info if info.format.dtype is None else replace(info, shape=original_shape(file, info))
 
 
 def mapped_name(name: str, names: NameMap, overrides: Mapping[str, str] | None = None) -> str | None:

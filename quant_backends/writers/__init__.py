@@ -6,12 +6,15 @@ from .architecture import detect_architecture
 from .conventions import CONVENTIONS, convention_for
 from .gguf_file import write_gguf
 from .safetensors_file import write_safetensors
-from .text_encoder_gguf import write_text_encoder_gguf
+from .sentencepiece_metadata import sentencepiece_metadata
+from .text_encoder_gguf import text_encoder_architecture, write_text_encoder_gguf
 
 __all__ = [
     "CONVENTIONS",
     "convention_for",
     "detect_architecture",
+    "sentencepiece_metadata",
+    "text_encoder_architecture",
     "write_gguf",
     "write_safetensors",
     "write_text_encoder_gguf",

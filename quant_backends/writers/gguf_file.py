@@ -28,7 +28,9 @@ from .new_file import check_disk_space, new_file
 from .plan import PlannedTensor, plan_tensors
 from .precision import RULES, TEXT_ENCODER_RULES, PrecisionRules
 
-MetadataValue: TypeAlias = "str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]"
+MetadataValue: TypeAlias = (
+    "str | bool | int | float | bytes | Sequence[str] | Sequence[int] | Sequence[float]"
+)
 Quantizer: TypeAlias = Callable[[torch.Tensor, str], torch.Tensor]
 Progress: TypeAlias = Callable[[int, int], None]
 
@@ -149,7 +151,7 @@ def _add_value(gguf: Any, writer: Any, key: str, value: MetadataValue) -> None:
     elif isinstance(value, float):
         writer.add_key_value(key, value, types.FLOAT64)
     else:
-        writer.add_array(key, list(value))
+        writer.add_array(key, value if isinstance(value, bytes) else list(value))
 
 
 def _add_tensor_info(gguf: Any, writer: Any, planned: PlannedTensor) -> None:

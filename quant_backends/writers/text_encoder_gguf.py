@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 
@@ -17,6 +17,8 @@ from .gguf_file import MetadataValue, Progress, write_gguf
 
 Tensors = Mapping[str, "torch.Tensor | PackedTensor"]
 _SUFFIX = re.compile(r"(.+)\.(weight|bias)$")
+# What is inside a block, in all families.
+_PART = re.compile(r"(?:model\.layers|encoder\.block)\.\d+\.(.+?)(?:\.weight|\.bias)?$")
 
 
 def write_text_encoder_gguf(
@@ -49,6 +51,25 @@ def write_text_encoder_gguf(
         given.pop(key, None)
     renamed = _LlamaCpp(tensors, FAMILIES[architecture], architecture, given)
     write_gguf(path, renamed, format, architecture=architecture, metadata=given, progress=progress)
+
+
+def text_encoder_architecture(names: Collection[str]) -> str | None:
+    """llama.cpp's name of a text encoder by the original names of its tensors; None when it has no names for them."""
+    parts = {match[1] for name in names if (match := _PART.match(name))}
+    if "layer.0.SelfAttention.q" in parts:
+        found = "t5encoder"
+    elif "self_attn.q_proj" not in parts:
+        return None
+    elif "pre_feedforward_layernorm" in parts:
+        gemma3 = "gemma3" if "self_attn.q_norm" in parts else "gemma2"
+        found = "gemma4" if any(name.endswith(".layer_scalar") for name in names) else gemma3
+    else:
+        sees = "vl" if any(name.startswith("visual.") for name in names) else ""
+        biased = any(name.endswith(".self_attn.q_proj.bias") for name in names)
+        qwen = "qwen3" if "self_attn.q_norm" in parts else "qwen2" if biased else None
+        found = f"{qwen}{sees}" if qwen else "llama"
+    rename = _renamer(FAMILIES[found], any(".wi." in name for name in names))
+    return None if any(_PART.match(name) and rename(name) == name for name in names) else found
 
 
 class _LlamaCpp(Mapping[str, "torch.Tensor | PackedTensor"]):
