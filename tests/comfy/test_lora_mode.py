@@ -61,7 +61,8 @@ def test_modes_in_a_workflow(
             assert ("no LoRA here" in report) == (after == "model")
     latent, report = run(with_mode(build(), "lora_0", "bake in"))
     assert " layers baked" in report
-    assert error(latent, dense) < 0.05
+    # What is baked in is rounded again: to 8 bits in the one model, to 4 in the other.
+    assert error(latent, dense) < (0.2 if format == "nf4" else 0.05)
     again, _ = run(with_mode(build(strength=-0.4), "lora_0", "side branch"))
     assert error(again, today) > 0.05
     assert run(build())[0].equal(today), "without the node nothing must be left"

@@ -36,7 +36,11 @@ def run_example(page: ComfyPage, panel: MemoryPanel, example: dict[str, Any]) ->
     """Runs the example until the panel shows that all of its nodes are done; returns the prompt's id."""
     page.load_graph(example)
     page.server.free()  # so that every node runs
-    page.page.wait_for_timeout(500)  # the server does so between prompts
+    for _ in range(50):  # the server does so when it is done with what it ran before
+        page.page.wait_for_timeout(200)
+        if not page.server.json("/snug/telemetry/snapshot")["models"]:
+            break
+    page.page.wait_for_timeout(300)
     prompt_id = page.queue()
     page.server.wait(prompt_id)
     panel.wait_for_prompt(prompt_id, NODES)
@@ -70,6 +74,8 @@ def test_a_run(
     assert sum(parts.values()) == panel.total("cpu")
     assert parts["weights"] > 0
     models = {model["name"]: model for model in page.server.json("/snug/telemetry/snapshot")["models"]}
+    # Between prompts there is a sample each second.
+    expect(panel.find("model-row")).to_have_count(len(models), timeout=10_000)
     shown_models = panel.models()
     assert set(shown_models) == set(models) and "Flux" in models
     assert shown_models["Flux"]["bytes"] == models["Flux"]["on_device"]

@@ -190,8 +190,11 @@ def test_stopping_leaves_the_old_file_whole(
     snug: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     (tmp_path / "out.gguf").write_bytes(b"old")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     calls = iter(range(1000))
 
     @contextmanager
