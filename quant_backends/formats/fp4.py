@@ -100,9 +100,12 @@ class MXFP4(Format):
         index = bits.sub_(1).bitwise_right_shift_(_TABLE_SHIFT).bitwise_and_(_TABLE_SIZE - 1)
         codes = _e2m1_codes(values.device).index_select(0, index.view(-1)).view(values.shape)
         # Beside inf and NaN the scale is far too small for the other weights: their errors differ by rounding alone.
-        unusable = (~largest.isfinite()).view(-1).nonzero().view(-1)
-        if unusable.numel():
-            codes[unusable] = _nearest_e2m1(values[unusable], scale[unusable])
+        unusable = ~largest.isfinite()
+        if values.device.type != "cpu":  # which blocks are such is not read from a device
+            codes = torch.where(unusable, _nearest_e2m1(values, scale).to(codes.dtype), codes)
+        elif unusable.any():
+            rows = unusable.view(-1).nonzero().view(-1)
+            codes[rows] = _nearest_e2m1(values[rows], scale[rows]).to(codes.dtype)
         return torch.cat([exponent.to(torch.uint8), pack_nibbles(codes)], dim=1)
 
 
