@@ -1,0 +1,1 @@
+"""How fast models are and how near their pictures are to one another: timing, image metrics, reports."""
