@@ -45,7 +45,7 @@ def on_load_input(name: str, targets: Sequence[str], what: str) -> io.Combo.Inpu
         default=AS_IN_FILE,
         optional=True,
         tooltip=(
-            f"Quantizes {what} while it is loaded, one tensor at a time: memory for the whole of it unquantized is "
+            f"Quantizes {what} while loading, one tensor at a time: memory for the whole of it unquantized is "
             "never needed. Layers that are quantized in the file stay as they are. 'as in the file' changes nothing."
         ),
     )
