@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import importlib.util
 import math
 import os
 import sys
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from narrow import accept_narrow_models
 from report import add_output_arguments, command_line, environment, heading, save, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,7 +144,7 @@ def main() -> None:
         parser.error("--comfyui or SNUG_COMFYUI_PATH is needed")
     use_comfyui(options.comfyui)
     torch.set_num_threads(1)
-    _accept_narrow_models()
+    accept_narrow_models()
     chosen = {n: t for n, t in targets().items() if not t.unavailable and options.only in n}
     rows = {name: Row(name) for name in chosen}
 
@@ -241,15 +241,6 @@ def _give_back_memory() -> None:
 def _own_memory() -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
-
-
-def _accept_narrow_models() -> None:
-    path = ROOT / "tests/comfy/custom_nodes/snug_test_nodes/narrow_models.py"
-    spec = importlib.util.spec_from_file_location("narrow_models", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.accept_narrow_models()
 
 
 if __name__ == "__main__":

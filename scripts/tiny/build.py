@@ -15,13 +15,14 @@ from .families import FAMILIES, Family
 from .weights import random_parameter
 
 
-def use_comfyui(root: str | os.PathLike[str]) -> None:
+def use_comfyui(root: str | os.PathLike[str], option: str = "--cpu") -> None:
     """Makes `comfy` importable from the ComfyUI folder `root`, on the CPU, in this process.
 
-    ComfyUI reads the command line while it is imported, hence the change of `sys.argv`.
+    option: ComfyUI's start option in place of that for the CPU. It reads the command line while it is imported, hence
+    the change of `sys.argv`.
     """
     sys.path.insert(0, os.fspath(root))
-    sys.argv = [sys.argv[0], "--cpu"]
+    sys.argv = [sys.argv[0], option]
     importlib.import_module("comfy.options").enable_args_parsing()
 
 

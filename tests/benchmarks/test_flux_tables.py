@@ -1,0 +1,98 @@
+"""The benchmarks' scripts run from end to end at the smallest size, so that a first run on a GPU is one command."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from narrow_models import accept_narrow_models
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SMALL = ("--device", "cpu", "--hidden", "256", "--pixels", "32", "--text", "4", "--rounds", "1")
+
+pytestmark = pytest.mark.comfy
+
+
+@pytest.fixture
+def made(comfyui_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Runs a script's main with arguments in this process and returns what it wrote as JSON."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from tiny import use_comfyui
+
+    use_comfyui(comfyui_path)
+    accept_narrow_models(monkeypatch)
+    before = set(sys.modules)
+
+    def run(script: str, *arguments: str) -> Any:
+        paths = [tmp_path / f"{script}.md", tmp_path / f"{script}.json"]
+        outputs = ["--markdown", str(paths[0]), "--json", str(paths[1])]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments, *outputs])
+        importlib.import_module(script).main()
+        assert "| ---" in paths[0].read_text(encoding="utf-8")
+        return json.loads(paths[1].read_text(encoding="utf-8"))
+
+    yield run
+    importlib.import_module("comfy.model_management").unload_all_models()
+    for name in set(sys.modules) - before:  # their names are those of anybody's modules
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+def test_blocks_of_every_contender(made: Callable[..., Any], comfyui_path: Path) -> None:
+    formats = ("GGUF Q8_0", "bitsandbytes NF4", "INT8 dynamic")
+    size = (*SMALL, "--double", "1", "--single", "1")
+    result = made("flux_blocks", "--comfyui", str(comfyui_path), *size, "--formats", *formats, "--peers")
+    records = {record["name"]: record for record in result["modes"]["eager"]}
+    assert {"dense", *(f"Snug {name}" for name in formats), "torch nn.Linear", "quanto qint8"} <= set(records)
+    dense = records["dense"]
+    assert dense["error"] == 0 and dense["step"] == pytest.approx(19 * dense["double"] + 38 * dense["single"])
+    # Each contender computes the same model: a quarter of the result at most is lost to 4 bits.
+    assert all(record["error"] < 0.25 for record in records.values())
+    assert 0 < records["Snug GGUF Q8_0"]["error"] < 0.02
+    assert records["torch nn.Linear"]["error"] < 1e-3
+    assert records["Snug bitsandbytes NF4"]["weight_bytes"] < 0.5 * dense["weight_bytes"]
+
+
+def test_loras(made: Callable[..., Any], comfyui_path: Path) -> None:
+    size = ("--comfyui", str(comfyui_path), *SMALL, "--double", "1", "--single", "1")
+    (merge, automatic) = made("flux_lora", *size, "--formats", "GGUF Q4_K")["records"]
+    assert list(merge["seconds"]) == list(automatic["seconds"]) == ["0", "1", "4"]
+
+
+def test_memory_of_published_tables(made: Callable[..., Any], comfyui_path: Path) -> None:
+    tables = made("published_tables", "--comfyui", str(comfyui_path), "--device", "cpu")["tables"]
+    rows = {row["name"]: row for row in tables["flux"]}
+    # The same model, counted from its shapes: what was published for it, within a hundredth.
+    assert rows["BF16"]["snug_bytes"] / 2**30 == pytest.approx(rows["BF16"]["loaded"], rel=0.01)
+    assert rows["bitsandbytes 4-bit NF4"]["snug_bytes"] < 0.35 * rows["BF16"]["snug_bytes"]
+
+
+def test_decoding(made: Callable[..., Any]) -> None:
+    formats = ("Q4_K", "bnb-nf4-64")
+    result = made("decoding", "--device", "cpu", "--formats", *formats, "--rounds", "1")
+    assert [record["format"] for record in result["records"]] == [*formats]
+    assert all(record["bandwidth"] > 0 for record in result["records"])
+
+
+def test_targets_are_read_from_the_tables(made: Callable[..., Any]) -> None:
+    rows = made("targets")["rows"]
+    by_name = {row["target"]: row for row in rows}
+    assert by_name["offloaded step / max, simulated device"]["gap"] == "met"
+    assert all(row["measured (the worst)"] for row in rows)
+    targets = importlib.import_module("targets")
+    step = next(target for target in targets.TARGETS if target.source == "flux-step-cpu")
+    assert (step.gap(1.5), step.gap(3.0)) == ("met", "missed by 100%")
+    bandwidth = next(target for target in targets.TARGETS if target.at_least)
+    assert bandwidth.gap(bandwidth.limit / 2) == "missed by 100%"
+    recompiled = next(target for target in targets.TARGETS if target.limit == 0)
+    assert (recompiled.gap(0), recompiled.gap(2)) == ("met", "missed by 2")
+
+
+def test_offloading_needs_a_device(made: Callable[..., Any], comfyui_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"No CUDA device.*offload_plan"):
+        made("flux_offload", "--comfyui", str(comfyui_path), "--device", "cpu")
