@@ -146,15 +146,14 @@ def compile_contender(contender: Contender) -> Contender:
 def measure(found: list[Contender], size: Size, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """A record for each contender that runs."""
     runs, errors, peaks = {}, {}, {}
-    reference: torch.Tensor | None = None
+    results: dict[str, torch.Tensor] = {}
     for contender in found:
         run = contender.caller(size)
         result = attempt(contender.name, run)  # the first call compiles
         if result is None:
             continue
-        if reference is None:
-            reference = result
-        errors[contender.name] = float((result - reference).float().norm() / reference.float().norm())
+        results.setdefault(DENSE, result)
+        errors[contender.name] = relative_error(result, results[DENSE])
         peaks[contender.name] = peak_growth(run, device)
         runs[contender.name] = run
     parts = {contender.name: contender.blocks for contender in found if contender.name in runs}
@@ -170,6 +169,10 @@ def measure(found: list[Contender], size: Size, device: torch.device, rounds: in
         for contender in found
         if contender.name in runs
     ]
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((result - reference).float().norm() / reference.float().norm())
 
 
 def figures(times: Times) -> dict[str, float]:
