@@ -1,4 +1,4 @@
-"""A text encoder of a CLIP as it goes into a GGUF file: its architecture, its tokenizer, the order of its rows."""
+"""A text encoder of a CLIP as it goes into a GGUF file: its architecture, its sizes, its tokenizer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import comfy.utils
 import torch
 
 from ...quant_backends.core.errors import SnugError
-from ...quant_backends.readers.text_encoder_tables import FAMILIES, T5_BUILT_IN_ROWS
-from ...quant_backends.writers import sentencepiece_metadata, text_encoder_architecture
+from ...quant_backends.readers.text_encoder_tables import FAMILIES
+from ...quant_backends.readers.tokenizers import tokenizer_key
+from ...quant_backends.writers import text_encoder_architecture, tokenizer_metadata
 from ...quant_backends.writers.gguf_file import MetadataValue
+from ...quant_backends.writers.tokenizers import TOKENIZER_FILES
 from .containers import Content, Renamed
 
 # llama.cpp has no names for CLIP's text models: files of them that people have keep the original ones.
 CLIP_NAMES, CLIP = "text_model.encoder.layers.", "clip"
-# What the CLIP's tokenizer keeps in tensors, by ComfyUI's names.
-SENTENCEPIECE, OTHERS = "spiece_model", ("tekken_model", "tokenizer_json", "mt5xl.spiece_model")
 EMBEDDINGS = ("shared.weight", "model.embed_tokens.weight")
 # ComfyUI has it beside every text encoder, and uses it in none.
 UNUSED = "logit_scale"
+# HunyuanDiT's, which ComfyUI takes out of its checkpoint only.
+MT5 = "mt5xl.spiece_model"
 SAFETENSORS_INSTEAD = (
     "quantize it to a format that safetensors files hold, such as FP8, INT8 or bitsandbytes NF4, with Quantize Text "
     "Encoder (Snug), and set format to 'auto'"
@@ -35,46 +37,64 @@ def as_gguf(content: Content) -> Content:
     encoders that Snug could not read again from such a file.
     """
     tensors = content.tensors
-    names = [name for name in tensors if name not in (UNUSED, SENTENCEPIECE, *OTHERS)]
+    names = [name for name in tensors if name not in (UNUSED, MT5, *TOKENIZER_FILES)]
     if any(name.startswith(CLIP_NAMES) for name in names):
         architecture, metadata = CLIP, {}
     else:
         found = text_encoder_architecture(names)
-        if found is None or content.encoder is None:
+        if found is None or content.encoder is None or MT5 in tensors:
             raise SnugError(
-                f"A part of the text encoders ({names[0]}, …) has no names in GGUF files; {SAFETENSORS_INSTEAD}."
+                f"A part of the text encoders ({names[0]}, …) is of a kind that cannot be loaded from a GGUF "
+                f"file; {SAFETENSORS_INSTEAD}."
             )
         architecture = found
-        metadata = {**_heads(content.encoder, architecture), **_tokenizer(content, architecture)}
+        metadata = {**_sizes(content.encoder, architecture), **_tokenizer(content, architecture)}
     chosen = Renamed(tensors, {name: name for name in names}, {})
     return replace(content, tensors=chosen, architecture=architecture, metadata=metadata)
 
 
-def _heads(encoder: torch.nn.Module, architecture: str) -> Mapping[str, MetadataValue]:
-    """Heads of attention, by which the rows of query and key are ordered in some architectures."""
+def _sizes(encoder: torch.nn.Module, architecture: str) -> Mapping[str, MetadataValue]:
+    """What tensors do not tell: among it heads of attention, by which rows of query and key are ordered."""
     config: Any = getattr(getattr(encoder, "model", None), "config", None)
     if config is None:
         return {}
-    key = f"{architecture}.attention.head_count"
-    return {key: int(config.num_attention_heads), f"{key}_kv": int(config.num_key_value_heads)}
+    head_size = getattr(config, "global_head_dim", None) or getattr(config, "head_dim", None)
+    found = {
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_size,
+        "attention.value_length": head_size,
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
+        "context_length": getattr(config, "max_position_embeddings", None),
+        "rope.freq_base": _first(getattr(config, "rope_theta", None)),
+        "attention.sliding_window": _first(getattr(config, "sliding_attention", None)),
+    }
+    return {f"{architecture}.{key}": value for key, value in found.items() if value}
+
+
+def _first(value: Any) -> Any:
+    """Where layers differ, ComfyUI's configuration has a list."""
+    return value[0] if isinstance(value, list) and value else value
 
 
 def _tokenizer(content: Content, architecture: str) -> Mapping[str, MetadataValue]:
     """What is needed of the tokenizer to load the file: nothing where ComfyUI brings it along."""
-    family, encoder = FAMILIES[architecture], content.encoder
+    found = next((key for key in TOKENIZER_FILES if key in content.tensors), None)
     name = next(name for name in EMBEDDINGS if name in content.tensors)
-    rows = comfy.utils.get_attr(encoder, name).shape[0]
-    is_needed = family.norm_shift or (name == EMBEDDINGS[0] and (rows,) not in T5_BUILT_IN_ROWS)
-    model = content.tensors.get(SENTENCEPIECE)
-    if (
-        any(other in content.tensors for other in OTHERS)
-        or (is_needed and not isinstance(model, torch.Tensor))
-        or family is FAMILIES["gemma4"]
-    ):
-        raise SnugError(
-            f"This text encoder ({architecture}) has a tokenizer that Snug does not write into GGUF files; "
-            f"{SAFETENSORS_INSTEAD}."
-        )
-    if not isinstance(model, torch.Tensor):
+    rows = comfy.utils.get_attr(content.encoder, name).shape[0]
+    wanted = tokenizer_key(FAMILIES[architecture], rows)
+    if found is None and wanted in (
+        None,
+        "tekken_model",
+    ):  # LLaMA of any vocabulary has no tokenizer of its own
         return {}
-    return sentencepiece_metadata(model.numpy().tobytes(), rows)
+    if found != wanted and not (found == "spiece_model" and wanted is None):
+        kind = f"no {wanted}" if found is None else f"a {found}"
+        raise SnugError(
+            f"This text encoder ({architecture}) has {kind} as its tokenizer, which does not go into a GGUF file of "
+            f"it; {SAFETENSORS_INSTEAD}."
+        )
+    tokenizer = content.tensors[str(found)]
+    if not isinstance(tokenizer, torch.Tensor):
+        return {}
+    return tokenizer_metadata(str(found), tokenizer.numpy().tobytes(), rows)

@@ -29,6 +29,9 @@ from .reweight import unload
 # Of the whole of saving, what hashing the source files counts for in the progress bar.
 _HASHING = 0.2
 _STEPS = 1000
+# Qwen 3 VL; its largest, MiniMax's, which is cut after this layer, stays as it is.
+_DEEPSTACK = "visual.deepstack_merger_list.0.norm.weight"
+_MINIMAX_LAYER = "model.layers.49.self_attn.q_proj.weight"
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,38 @@ def save_text_encoders(clip: Any, settings: SaveSettings) -> list[Path]:
     """
     tensors = _tensors(clip.patcher, "", settings)
     groups = _encoders(clip.cond_stage_model, tensors)
-    tokenizer = {
-        name: value for name, value in clip.tokenizer.state_dict().items() if isinstance(value, torch.Tensor)
-    }
+    tokenizer = _tokenizer_tensors(clip.tokenizer)
     owner = next((prefix for prefix in reversed(groups) if prefix and not prefix.startswith("clip_")), "")
+
+    def tokenizer_of(prefix: str) -> dict[str, torch.Tensor]:
+        if tokenizer:
+            return tokenizer if prefix == owner else {}
+        return _tokenizer_tensors(getattr(clip.tokenizer, prefix, None))  # Newbie's are kept apart
+
     contents = {
         prefix: replace(
-            _content(tensors, names, tokenizer if prefix == owner else {}),
+            _content(tensors, _names_in_files(names), tokenizer_of(prefix)),
             encoder=getattr(clip.cond_stage_model, prefix).transformer if prefix else None,
             is_text_encoder=True,
         )
         for prefix, names in groups.items()
     }
     return _save(clip.patcher, contents, settings, "text_encoders", {"format": "pt"})
+
+
+def _tokenizer_tensors(tokenizer: Any) -> dict[str, torch.Tensor]:
+    """What ComfyUI keeps of a tokenizer in state dicts."""
+    found = tokenizer.state_dict() if hasattr(tokenizer, "state_dict") else {}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _names_in_files(names: Mapping[str, str]) -> dict[str, str]:
+    """ComfyUI moves the vision part of Qwen 3 VL when it loads one, and tells by its first place which model it is."""
+    is_moved = _DEEPSTACK in names and _MINIMAX_LAYER not in names
+    return {
+        f"model.{name}" if is_moved and name.startswith("visual.") else name: old
+        for name, old in names.items()
+    }
 
 
 def _content(tensors: ModelTensors, names: Mapping[str, str], more: Tensors) -> Content:

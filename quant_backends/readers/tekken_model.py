@@ -38,18 +38,20 @@ def build_tekken_model(path: Path, metadata: Metadata) -> bytes:
         "default_num_special_tokens": specials,
     }
     special_tokens = [
-        {"rank": rank, "token_str": token, "is_control": True} for rank, token in enumerate(tokens[:specials])
+        {"rank": rank, "token_str": token, "is_control": True}
+        for rank, (token, kind) in enumerate(zip(tokens[:specials], types, strict=False))
+        if kind != UNUSED
     ]
     return json.dumps({"config": config, "vocab": vocabulary, "special_tokens": special_tokens}).encode()
 
 
 def _bytes(token: str) -> bytes:
-    table = _byte_of_character()
+    table = byte_of_character()
     return bytes(table[character] for character in token)
 
 
 @lru_cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's alphabet: bytes that print stand for themselves, the others for the characters from 256 on."""
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(value): value for value in printing}

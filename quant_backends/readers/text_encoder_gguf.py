@@ -30,6 +30,7 @@ from .text_encoder_tables import (
     LLAMA_CPP,
     ORIGINAL,
     QUERY_KEY,
+    SHIFTED_NORM,
     T5_UNGATED,
     Family,
     NameMap,
@@ -91,7 +92,7 @@ class TextEncoderGGUF:
         if heads:
             data = self._unpermuted(info, data, heads)
         tensor = as_stored(name, info, data)
-        if self.family is not None and self.family.norm_shift and name.endswith("norm.weight"):
+        if self.family is not None and self.family.norm_shift and SHIFTED_NORM.match(name):
             if isinstance(tensor, PackedTensor):
                 raise self._faulty(f"the norm {shown(info.name)} is no vector")
             return tensor - self.family.norm_shift

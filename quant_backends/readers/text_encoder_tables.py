@@ -165,6 +165,8 @@ DIRECT_TENSORS = re.compile(
 )
 
 QUERY_KEY = re.compile(r".*\.self_attn\.([qk])_proj\.(weight|bias)$")
+# Not those of a vision part.
+SHIFTED_NORM = re.compile(r"model\..*norm\.weight$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,3 +237,5 @@ SECOND_PATCH = "v.patch_embd.weight.1"
 
 # Vocabularies that ComfyUI brings tokenizers for (T5 as padded and as trained, ByT5); another T5 is a UMT5.
 T5_BUILT_IN_ROWS = ((32128,), (32100,), (384,))
+# So does LLaMA 3 (and with the image token of LLaVA); what else has its layers is a Mistral.
+LLAMA_3_ROWS = (128256, 128320)

@@ -2,7 +2,7 @@
 
 The JSON of the tokenizers library. llama.cpp's converter (conversion/gemma.py, Gemma4Model.set_vocab) writes the
 pieces with their ids, types and merges; what it leaves out is the same for every Gemma: spaces become U+2581, and
-what has no piece is spelled in bytes.
+what has no piece is spelled in bytes. Files may hold the whole JSON beside that, as GGUF's specification offers.
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ from .gguf_vocabulary import CONTROL, HINT, UNUSED, USER_DEFINED, read_vocabular
 
 SPACE = "\u2581"
 UNKNOWN_TOKEN = "<unk>"
+ORIGINAL = "tokenizer.huggingface.json"
 
 
 def build_tokenizer_json(path: Path, metadata: Metadata) -> bytes:
     """The JSON as UTF-8. Raises FileFormatError when the file holds no such tokenizer, or a damaged one."""
+    original = metadata.get(ORIGINAL)
+    if isinstance(original, str):
+        return original.encode()
     vocabulary = read_vocabulary(path, metadata, ("gemma4",), scored=False)
     pieces = {
         token: number

@@ -11,7 +11,7 @@ from .gguf_file import GGUFFile
 from .sentencepiece_model import build_sentencepiece_model
 from .tekken_model import build_tekken_model
 from .text_encoder_gguf import TextEncoderGGUF
-from .text_encoder_tables import FAMILIES, T5_BUILT_IN_ROWS
+from .text_encoder_tables import FAMILIES, LLAMA_3_ROWS, T5_BUILT_IN_ROWS, T5_NAMES, Family
 from .tokenizer_json import build_tokenizer_json
 
 BUILDERS = {
@@ -26,12 +26,20 @@ def needed_tokenizer(encoder: TextEncoderGGUF) -> str | None:
     family = encoder.family
     if family is not None and family.permuted:
         return "tekken_model" if encoder.metadata.get("tokenizer.ggml.pre") == "tekken" else None
+    table = encoder.infos.get("shared.weight")
+    return tokenizer_key(family, table.shape[0] if table is not None and table.shape else None)
+
+
+def tokenizer_key(family: Family | None, rows: int | None) -> str | None:
+    """The same by the family and the rows of the embedding table, None for those of a file in original names."""
+    if family is not None and family.permuted:
+        return None if rows in LLAMA_3_ROWS else "tekken_model"
     if family is not None and family.norm_shift:
         return "spiece_model"
     if family is FAMILIES["gemma4"]:
         return "tokenizer_json"
-    table = encoder.infos.get("shared.weight")
-    return "spiece_model" if table is not None and table.shape[:1] not in T5_BUILT_IN_ROWS else None
+    is_t5 = family is None or family.names is T5_NAMES
+    return "spiece_model" if is_t5 and rows is not None and (rows,) not in T5_BUILT_IN_ROWS else None
 
 
 def tokenizer_tensor(encoder: TextEncoderGGUF, key: str) -> torch.Tensor:

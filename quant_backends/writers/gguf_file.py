@@ -149,7 +149,7 @@ def _add_value(gguf: Any, writer: Any, key: str, value: MetadataValue) -> None:
         fits = 0 <= value < 1 << 32
         writer.add_key_value(key, value, types.UINT32 if fits else types.INT64)
     elif isinstance(value, float):
-        writer.add_key_value(key, value, types.FLOAT64)
+        writer.add_key_value(key, value, types.FLOAT32)  # what llama.cpp expects of every number
     else:
         writer.add_array(key, value if isinstance(value, bytes) else list(value))
 

@@ -12,13 +12,26 @@ from ..core.errors import SnugError
 from ..core.packed import PackedTensor
 from ..kernels.dequantize import dequantize_packed
 from ..readers.text_encoder_gguf import original_row_order
-from ..readers.text_encoder_tables import FAMILIES, QUERY_KEY, T5_UNGATED, Family
+from ..readers.text_encoder_tables import FAMILIES, QUERY_KEY, SHIFTED_NORM, T5_UNGATED, Family
 from .gguf_file import MetadataValue, Progress, write_gguf
 
 Tensors = Mapping[str, "torch.Tensor | PackedTensor"]
 _SUFFIX = re.compile(r"(.+)\.(weight|bias)$")
 # What is inside a block, in all families.
 _PART = re.compile(r"(?:model\.layers|encoder\.block)\.\d+\.(.+?)(?:\.weight|\.bias)?$")
+_BLOCK = re.compile(r"(?:model\.layers|encoder\.block)\.(\d+)\.")
+# A size to tensors whose number of rows it is.
+_SIZES = {
+    "embedding_length": ("model.norm.weight", "encoder.final_layer_norm.weight"),
+    "feed_forward_length": (
+        "model.layers.0.mlp.up_proj.weight",
+        "encoder.block.0.layer.1.DenseReluDense.wi_1.weight",
+        "encoder.block.0.layer.1.DenseReluDense.wi.weight",
+    ),
+}
+_T5_QUERY, _T5_BIAS = (
+    f"encoder.block.0.layer.0.SelfAttention.{part}.weight" for part in ("q", "relative_attention_bias")
+)
 
 
 def write_text_encoder_gguf(
@@ -45,7 +58,7 @@ def write_text_encoder_gguf(
         raise SnugError(
             f"{architecture!r} is no text encoder that can be written; choose one of {', '.join(FAMILIES)}."
         )
-    given = dict(metadata or {})
+    given = {**_sizes(tensors, architecture), **(metadata or {})}
     # Each is written once: the writer names the architecture and the file type itself.
     for key in ("general.architecture", "general.file_type", "general.quantization_version"):
         given.pop(key, None)
@@ -64,12 +77,36 @@ def text_encoder_architecture(names: Collection[str]) -> str | None:
         gemma3 = "gemma3" if "self_attn.q_norm" in parts else "gemma2"
         found = "gemma4" if any(name.endswith(".layer_scalar") for name in names) else gemma3
     else:
-        sees = "vl" if any(name.startswith("visual.") for name in names) else ""
+        sees = "vl" if any(name.startswith(("visual.", "model.visual.")) for name in names) else ""
         biased = any(name.endswith(".self_attn.q_proj.bias") for name in names)
         qwen = "qwen3" if "self_attn.q_norm" in parts else "qwen2" if biased else None
         found = f"{qwen}{sees}" if qwen else "llama"
     rename = _renamer(FAMILIES[found], any(".wi." in name for name in names))
     return None if any(_PART.match(name) and rename(name) == name for name in names) else found
+
+
+def _sizes(tensors: Tensors, architecture: str) -> dict[str, MetadataValue]:
+    """What llama.cpp asks of a file and the shapes of small tensors tell."""
+    found: dict[str, MetadataValue] = {}
+    numbers = [int(match[1]) for name in tensors if (match := _BLOCK.match(name))]
+    if numbers:
+        found["block_count"] = max(numbers) + 1
+    for key, names in _SIZES.items():
+        name = next((name for name in names if name in tensors), None)
+        if name is not None:
+            found[key] = int(tensors[name].shape[0])
+    if _T5_BIAS in tensors:
+        buckets, heads = map(int, tensors[_T5_BIAS].shape)
+        size = int(tensors[_T5_QUERY].shape[0]) // heads if _T5_QUERY in tensors else 0
+        found |= {
+            "attention.head_count": heads,
+            "attention.key_length": size,
+            "attention.value_length": size,
+            "attention.relative_buckets_count": buckets,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "context_length": 512,
+        }
+    return {f"{architecture}.{key}": value for key, value in found.items() if value}
 
 
 class _LlamaCpp(Mapping[str, "torch.Tensor | PackedTensor"]):
@@ -102,7 +139,7 @@ class _LlamaCpp(Mapping[str, "torch.Tensor | PackedTensor"]):
         match = QUERY_KEY.match(original)
         if match and self._heads[match[1]]:
             tensor = _permuted(original, tensor, self._heads[match[1]])
-        if self._family.norm_shift and original.endswith("norm.weight"):
+        if self._family.norm_shift and SHIFTED_NORM.match(original):
             values = dequantize_packed(tensor) if isinstance(tensor, PackedTensor) else tensor.float()
             tensor = values + self._family.norm_shift
         return tensor

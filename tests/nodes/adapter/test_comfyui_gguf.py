@@ -6,6 +6,7 @@ Needs a checkout of it: SNUG_COMFYUI_GGUF=path/to/ComfyUI-GGUF ./test tests/node
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch
 from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.kernels.dequantize import dequantize
 from snug.quant_backends.readers import GGUFFile
-from snug.quant_backends.writers import write_gguf, write_text_encoder_gguf
+from snug.quant_backends.writers import tokenizer_metadata, write_gguf, write_text_encoder_gguf
 from snug.quant_backends.writers.mixes import MIXES
+from vocabularies import tekken
 
 FOLDER = os.environ.get("SNUG_COMFYUI_GGUF")
 pytestmark = [
@@ -100,3 +102,42 @@ def test_it_loads_t5(peer: Any, tmp_path: Path) -> None:
     for name, tensor in found.items():
         decoded = peer.dequantize_tensor(tensor, dtype=torch.float32, dequant_dtype=torch.float32)
         assert torch.allclose(torch.as_tensor(decoded), tensors[name], atol=0.02), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_it_loads_language_models(architecture: str, peer: Any, tmp_path: Path) -> None:
+    """It takes the rows of LLaMA and Mistral for those of 32 and 8 heads."""
+    layer = "model.layers.0"
+    shapes = {
+        "model.embed_tokens.weight": (256, 256),
+        "model.norm.weight": (256,),
+        f"{layer}.self_attn.q_proj.weight": (512, 256),
+        f"{layer}.self_attn.k_proj.weight": (128, 256),
+        f"{layer}.mlp.down_proj.weight": (256, 512),
+        f"{layer}.post_attention_layernorm.weight": (256,),
+    }
+    if architecture == "qwen3":
+        shapes[f"{layer}.self_attn.q_norm.weight"] = (128,)
+    generator = torch.Generator().manual_seed(4)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    heads = {f"{architecture}.attention.head_count": 32, f"{architecture}.attention.head_count_kv": 8}
+    path = tmp_path / "encoder.gguf"
+    write_text_encoder_gguf(path, tensors, architecture, "Q8_0", metadata=heads)
+    found = peer.gguf_clip_loader(str(path))
+    assert found.keys() == tensors.keys()
+    for name, tensor in found.items():
+        decoded = peer.dequantize_tensor(tensor, dtype=torch.float32, dequant_dtype=torch.float32)
+        assert torch.allclose(torch.as_tensor(decoded), tensors[name], atol=0.02), name
+
+
+def test_it_builds_mistrals_tokenizer(peer: Any, tmp_path: Path) -> None:
+    content = json.dumps(tekken()).encode()
+    metadata = {"llama.attention.head_count": 1, **tokenizer_metadata("tekken_model", content, 6100)}
+    path = tmp_path / "mistral.gguf"
+    tensors = {"model.layers.0.self_attn.v_proj.weight": torch.zeros(32, 32)}
+    write_text_encoder_gguf(path, tensors, "llama", None, metadata=metadata)
+    # By this shape it knows the model.
+    found = json.loads(peer.gguf_tekken_tokenizer_loader(str(path), (131072, 5120)).numpy().tobytes())
+    ranks = {entry["rank"]: entry["token_bytes"] for entry in tekken()["vocab"]}
+    assert {entry["rank"]: entry["token_bytes"] for entry in found["vocab"]}.items() >= ranks.items()
+    assert found["special_tokens"] == tekken()["special_tokens"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,31 +9,29 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from encoder_families import FAMILIES, Builder
 from safetensors.torch import save_file
-from small_text_encoders import (
-    PROMPT,
-    SmallCLIP,
-    SmallT5,
-    detect_as,
-    encode,
-    load_dense,
-    load_packed,
-    random_weights,
-    sizes,
-    tiny_sentencepiece,
-    with_tokenizer,
-)
+from small_text_encoders import PROMPT, SmallCLIP, SmallT5, detect_as, encode, load_packed
 from snug.quant_backends.core.errors import SnugError
-from vocabularies import sentencepiece_model
 
-# Kind: ComfyUI's type of CLIP, its class and configuration; llama.cpp's name of it; what it is quantized to.
-MODELS = {
-    "LLAMA3_8": ("hidream", "Llama2", "Llama2Config", "llama", "GGUF Q4_K_M"),
-    "QWEN3_4B": ("lumina2", "Qwen3_4B", "Qwen3_4BConfig", "qwen3", "GGUF Q6_K"),
-    "QWEN25_3B": ("omnigen2", "Qwen25_3B", "Qwen25_3BConfig", "qwen2", "GGUF Q8_0"),
-    "QWEN25_7B": ("qwen_image", "Qwen25_7BVLI", "Qwen25_7BVLI_Config", "qwen2vl", "GGUF Q5_K_S"),
-    "GEMMA_2_2B": ("lumina2", "Gemma2_2B", "Gemma2_2B_Config", "gemma2", "GGUF Q4_0"),
+# What each is quantized to where its own tokenizer is looked at; the rest of the types in the test of all targets.
+TARGETS = {
+    "T5_XXL": "GGUF Q4_0",
+    "UMT5_XXL": "GGUF Q8_0",
+    "LLAMA3_8": "GGUF Q4_K_M",
+    "QWEN3_4B": "GGUF Q6_K",
+    "QWEN25_3B": "GGUF Q8_0",
+    "QWEN25_7B": "GGUF Q5_K_S",
+    "QWEN3VL_4B": "GGUF Q8_0",
+    "GEMMA_2_2B": "GGUF Q4_0",
+    "GEMMA_3_4B": "GGUF Q5_K_M",
+    "GEMMA_4_E4B": "GGUF Q8_0",
+    "MISTRAL3_24B": "GGUF Q8_0",
+    "MINISTRAL_3_3B": "GGUF Q3_K_M",
 }
+
+
+TEXTS = ["ｆｕｌｌ ﬁ née  two spaces <extra_id_0> 水彩画 🦊", "[INST] it's 2024\n\n  don't <end_of_turn>", ""]
 
 
 @pytest.fixture(autouse=True)
@@ -83,68 +80,53 @@ def architecture(path: Path) -> str:
 
 
 @pytest.fixture
-def make(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Any]:
+def make(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     """make(kind) is a dense CLIP of this kind."""
-
-    def build(kind: str) -> Any:
-        from comfy.text_encoders import llama, qwen_vl
-
-        tower, small = (
-            qwen_vl.Qwen2VLVisionTransformer,
-            {"num_layers": 2, "intermediate_size": 96, "num_heads": 4},
-        )
-
-        def build_tower(hidden_size: int, **options: Any) -> Any:
-            return tower(hidden_size=128, **small, **options)
-
-        monkeypatch.setattr(qwen_vl, "Qwen2VLVisionTransformer", build_tower)
-        if kind not in comfy.sd.TEModel.__members__:
-            pytest.skip(f"this ComfyUI does not know {kind}")
-        folder = Path(comfy.sd.__file__).parent / "text_encoders" / "llama_tokenizer"
-        if kind == "LLAMA3_8" and not (folder / "tokenizer.json").exists():
-            pytest.skip("this ComfyUI has no llama_tokenizer")
-        clip_type, model, config, *_ = MODELS[kind]
-        is_gemma = kind.startswith("GEMMA")
-        shape = sizes(256)
-        if is_gemma or kind == "LLAMA3_8":
-            shape["vocab_size"] = 512 if is_gemma else 128256
-        monkeypatch.setattr(llama, config, functools.partial(getattr(llama, config), **shape))
-        detect_as(comfy, monkeypatch, kind)
-        module = getattr(llama, model)({}, torch.float32, "meta", comfy.ops.manual_cast)
-        weights = random_weights(module, "Q8_0")
-        if is_gemma:
-            norms = [name for name in weights if name.endswith("norm.weight")]
-            weights |= {name: (weights[name] * 16).round() / 64 for name in norms}
-            weights = with_tokenizer(weights, tiny_sentencepiece("bpe"))
-        save_file(weights, tmp_path / "dense.safetensors")
-        return load_dense(comfy, tmp_path / "dense.safetensors", clip_type)
-
-    return build
+    return Builder(comfy, monkeypatch, tmp_path).make
 
 
-@pytest.mark.parametrize("target", ["GGUF Q8_0", "GGUF Q4_0", "GGUF Q4_K_M", "GGUF Q6_K"])
-def test_t5(target: str, comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Any) -> None:
-    monkeypatch.setattr(SmallT5, "sizes", {**SmallT5.sizes, "d_model": 256, "d_ff": 512, "d_kv": 64})
-    save_file(SmallT5(monkeypatch).weights(comfy, umt5=False), tmp_path / "dense.safetensors")
-    detect_as(comfy, monkeypatch, "T5_XXL")
-    clip = quantize(load_dense(comfy, tmp_path / "dense.safetensors", "chroma"), target)
+@pytest.mark.parametrize("kind", TARGETS)
+def test_families(kind: str, make: Any, model: Any) -> None:
+    """With the tokenizers of those that ComfyUI brings none for, and with vision parts."""
+    clip = quantize(make(kind), TARGETS[kind])
     (path,) = save(clip)
-    assert path.suffix == ".gguf" and architecture(path) == "t5encoder"
+    assert path.suffix == ".gguf" and architecture(path) == FAMILIES[kind].architecture
+    again = load_packed(path, FAMILIES[kind].clip_type)
+    same(clip, again, model)
+    for text in TEXTS:
+        assert again.tokenize(text) == clip.tokenize(text), text
+    if kind == "QWEN3VL_4B":  # by which ComfyUI's detection, which this test replaces, knows it
+        names = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+        assert "model.visual.deepstack_merger_list.0.norm.weight" in names
+    if kind in ("T5_XXL", "LLAMA3_8", "MINISTRAL_3_3B"):
+        (second,) = save(again)  # what was loaded from such a file goes into another
+        same(clip, load_packed(second, FAMILIES[kind].clip_type), model)
+
+
+def test_sizes_are_told(make: Any) -> None:
+    """What llama.cpp and others need beside the tensors."""
+    (path,) = save(quantize(make("GEMMA_3_4B"), "GGUF Q8_0"))
+    fields = gguf.GGUFReader(path).fields
+    wanted = {
+        "block_count": 4,
+        "embedding_length": 256,
+        "feed_forward_length": 512,
+        "context_length": 131072,
+        "attention.head_count": 8,
+        "attention.head_count_kv": 4,
+        "attention.key_length": 256,
+        "attention.sliding_window": 1024,
+        "rope.freq_base": 1e6,
+    }
+    assert {key: fields[f"gemma3.{key}"].contents() for key in wanted} == wanted
+    epsilon = fields["gemma3.attention.layer_norm_rms_epsilon"]
+    assert epsilon.types == [gguf.GGUFValueType.FLOAT32] and epsilon.contents() == pytest.approx(1e-6)
+
+
+def test_t5s_position_bias_stays_exact(make: Any) -> None:
+    (path,) = save(quantize(make("T5_XXL"), "GGUF Q4_K_M"))
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert kinds["enc.blk.0.attn_rel_b.weight"] == kinds["enc.output_norm.weight"] == "F32"
-    same(clip, load_packed(path, "chroma"), model)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_language_models(kind: str, make: Any, model: Any) -> None:
-    """Qwen 2.5 VL with its vision part, Gemma with its tokenizer."""
-    clip = quantize(make(kind), MODELS[kind][4])
-    (path,) = save(clip)
-    assert path.suffix == ".gguf" and architecture(path) == MODELS[kind][3]
-    again = load_packed(path, MODELS[kind][0])
-    same(clip, again, model)
-    (second,) = save(again)  # what was loaded from such a file goes into another
-    same(clip, load_packed(second, MODELS[kind][0]), model)
 
 
 def test_rows_are_in_llama_cpps_order(make: Any, model: Any) -> None:
@@ -160,25 +142,6 @@ def test_rows_are_in_llama_cpps_order(make: Any, model: Any) -> None:
         if heads:  # LlamaModel.permute of llama.cpp's converter
             rows = rows.reshape(heads, 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
         assert (stored[f"blk.0.attn_{part}.weight"].data == rows).all(), part
-
-
-def test_umt5_brings_its_tokenizer(
-    comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Any
-) -> None:
-    from snug.nodes.adapter import text_encoder_kinds
-
-    small = SmallT5(monkeypatch)
-    small.vocab_size = 6200
-    weights = with_tokenizer(small.weights(comfy, umt5=True), sentencepiece_model("unigram"))
-    detect_as(comfy, monkeypatch, "T5_XXL")
-    monkeypatch.setitem(text_encoder_kinds.KINDS, "T5_XXL", ("UMT5-XXL", ("wan",)))
-    save_file(weights, tmp_path / "dense.safetensors")
-    clip = quantize(load_dense(comfy, tmp_path / "dense.safetensors", "wan"), "GGUF Q8_0")
-    (path,) = save(clip)
-    again = load_packed(path, "wan")
-    same(clip, again, model)
-    text = "ｆｕｌｌ ﬁ née  two spaces <extra_id_0> 水彩画 🦊"
-    assert again.tokenize(text) == clip.tokenize(text)
 
 
 def test_several_encoders(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Any) -> None:
@@ -203,7 +166,7 @@ def test_several_encoders(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path:
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
     [
-        ("tekken_model", r"\(qwen3\) has a tokenizer that .* into GGUF files; quantize .* safetensors"),
+        ("tekken_model", r"\(qwen3\) has a tekken_model as its tokenizer.* quantize .* safetensors"),
         ("spiece_model", "no SentencePiece model, or a damaged one"),
     ],
 )
