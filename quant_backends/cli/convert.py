@@ -11,7 +11,8 @@ from ..core.packed import PackedTensor
 from ..memory.plan import size_text
 from .console import note, progress
 from .opening import Weight, check_target, decoded, open_model, spilled
-from .writing import check_container, holds, source_description, write_model
+from .text_encoders import add_tokenizer_option
+from .writing import check_encoder, holds, source_description, write_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -35,6 +36,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="what weights are decoded to that OUT cannot hold as they are (default: %(default)s)",
     )
     parser.add_argument("--decode", action="store_true", help="decode all quantized weights")
+    add_tokenizer_option(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace OUT when it exists")
     return parser
 
@@ -42,7 +44,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     model = open_model(options.input)
     target = check_target(options.output, options.input, options.overwrite)
-    check_container(target, model)
+    encoder = check_encoder(target, model, options.input, options.tokenizer)
     dtype = DTYPES[options.decode_to]
     tensors: dict[str, Weight] = {}
     decoded_count = 0
@@ -54,7 +56,8 @@ def run(options: argparse.Namespace) -> int:
                 decoded_count += 1
             tensors[name] = value
     provenance = {"sources": [source_description(options.input)], "recipes": []}
-    write_model(target, tensors, model, provenance, model.contents.convention.partition("-")[0])
+    convention = model.contents.convention.partition("-")[0]
+    write_model(target, tensors, model, provenance, convention, encoder)
     kept = sum(isinstance(value, PackedTensor) for value in tensors.values())
     note(
         f"{target}: {size_text(target.stat().st_size)}; {kept} quantized weights as they were, {decoded_count} decoded "

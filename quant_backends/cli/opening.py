@@ -26,6 +26,7 @@ from ..readers.gguf_file import GGUFFile
 from ..readers.repairs import diffusion_names
 from ..readers.text_encoder_gguf import open_text_encoder_gguf
 from ..readers.text_encoder_safetensors import open_text_encoder_safetensors
+from ..readers.text_encoder_tables import DIRECT_TENSORS
 from ..writers.plan import MAX_DIMS, MAX_SMALL, stored_shape
 from ..writers.precision import RULES, PrecisionRules
 
@@ -69,7 +70,8 @@ class OpenModel:
             )
             if gguf:
                 full = math.prod(shape) <= MAX_SMALL or len(shape) > MAX_DIMS or self.rules.is_full(name)
-                if full or self.rules.is_dropped(name):
+                direct = self.is_text_encoder and DIRECT_TENSORS.match(name)
+                if full or direct or self.rules.is_dropped(name):
                     continue
                 shape, dtype = stored_shape(shape, self.rules), _half(dtype)
             found.append(LayerInfo(name.removesuffix(".weight"), shape, _kind(name, shape), dtype))
@@ -151,7 +153,15 @@ def _diffusion_model(path: str | os.PathLike[str]) -> Mapping[str, Weight]:
 
 def _text_encoder(path: str | os.PathLike[str]) -> Mapping[str, Weight]:
     open_file: Any = open_text_encoder_gguf if _is_gguf(path) else open_text_encoder_safetensors
-    return open_file(path).state_dict()
+    return {name: _unwrapped(value) for name, value in open_file(path).state_dict().items()}
+
+
+def _unwrapped(value: Weight) -> Weight:
+    """Text encoders are opened with 16-bit matrices in the place of packed ones; they are not quantized."""
+    if not isinstance(value, PackedTensor) or not isinstance(value.format, type):
+        return value
+    dtype = value.format.dtype
+    return value if dtype is None else value.data.view(torch.uint8).view(-1).view(dtype).view(value.shape)
 
 
 def _is_gguf(path: str | os.PathLike[str]) -> bool:

@@ -20,7 +20,16 @@ from ..quantization.calibration import load_calibration
 from ..writers.plan import plan_tensors
 from .console import note, progress
 from .opening import OpenModel, Weight, check_target, decoded, open_model, spilled
-from .writing import GGUF, check_container, container, holds, source_description, write_model
+from .text_encoders import add_tokenizer_option
+from .writing import (
+    GGUF,
+    check_container,
+    check_encoder,
+    container,
+    holds,
+    source_description,
+    write_model,
+)
 
 GB = 2**30
 
@@ -58,6 +67,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="bring the weights to this size (in GB of 1024 MB) with a mix of the target's family of formats: layers "
         "that suffer most keep more bits",
     )
+    add_tokenizer_option(parser)
     parser.add_argument(
         "--requantize",
         action="store_true",
@@ -76,7 +86,8 @@ def run(options: argparse.Namespace) -> int:
     model = open_model(options.input)
     target = check_target(options.output, options.input, options.overwrite)
     device = _device(options.device)
-    check_container(target, model, find_target(options.to))
+    check_container(target, find_target(options.to))
+    encoder = check_encoder(target, model, options.input, options.tokenizer)
     layers = model.layers(gguf=container(target) == GGUF)
     recipe = make_recipe(
         options.to,
@@ -97,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
             f"target or a smaller size, or exclude fewer layers."
         )
     provenance = {"sources": [source_description(options.input)], "recipes": [recipe.describe()]}
-    write_model(target, tensors, model, provenance, recipe.target.backend)
+    write_model(target, tensors, model, provenance, recipe.target.backend, encoder)
     counts = ", ".join(f"{count} in {name}" for name, count in formats.most_common())
     note(f"{target}: {size_text(target.stat().st_size)}; {formats.total()} layers quantized ({counts})")
     return 0

@@ -16,10 +16,11 @@ from ..core.errors import SnugError
 from ..core.packed import PackedTensor
 from ..formats.scaled_base import FLOATS
 from ..quantization import Target
-from ..writers.gguf_file import write_gguf
-from ..writers.safetensors_file import write_safetensors
+from ..readers.text_encoder_tables import FAMILIES
+from ..writers import write_gguf, write_safetensors, write_text_encoder_gguf
 from .console import progress
 from .opening import OpenModel, Weight
+from .text_encoders import EncoderFile, encoder_file, encoder_tensors
 
 GGUF, SAFETENSORS = ".gguf", ".safetensors"
 PROVENANCE = "snug.provenance"
@@ -38,19 +39,20 @@ def container(target: Path) -> str:
     return suffix
 
 
-def check_container(target: Path, model: OpenModel, chosen: Target | None = None) -> None:
-    """Raises SnugError unless the file to write can hold the model, and what is quantized to the target."""
-    if chosen is not None:
-        wanted = GGUF if chosen.backend == "gguf" else SAFETENSORS
-        if container(target) != wanted:
-            raise SnugError(
-                f"{chosen.name} is stored in {wanted} files; write to {target.with_suffix(wanted)}."
-            )
+def check_container(target: Path, chosen: Target) -> None:
+    """Raises SnugError unless the file to write can hold what is quantized to the target."""
+    wanted = GGUF if chosen.backend == "gguf" else SAFETENSORS
+    if container(target) != wanted:
+        raise SnugError(f"{chosen.name} is stored in {wanted} files; write to {target.with_suffix(wanted)}.")
+
+
+def check_encoder(target: Path, model: OpenModel, source: str, tokenizer: str | None) -> EncoderFile | None:
+    """What the GGUF file of a text encoder needs besides; None for other files. Errors as of `encoder_file`."""
     if container(target) == GGUF and model.is_text_encoder:
-        raise SnugError(
-            "Text encoders are not written as GGUF by this command; choose a target that is stored in .safetensors "
-            "files, such as FP8 e4m3fn per row, or quantize and save it in ComfyUI."
-        )
+        return encoder_file(model, source, tokenizer)
+    if tokenizer is not None:
+        raise SnugError("--tokenizer is for text encoders that are written as .gguf files; leave it out.")
+    return None
 
 
 def holds(target: Path, value: PackedTensor) -> bool:
@@ -64,15 +66,33 @@ def write_model(
     model: OpenModel,
     provenance: Mapping[str, Any],
     backend: str = "",
+    encoder: EncoderFile | None = None,
 ) -> None:
     """Writes the file whole or not at all.
 
     model: what the tensors were made of. provenance: where they come from and what was done to them. backend: whose
-    convention a safetensors file follows; "" takes what holds the weights. Raises SnugError when nothing does.
+    convention a safetensors file follows; "" takes what holds the weights. encoder: of a GGUF file of a text encoder.
+    Raises SnugError when nothing holds the weights.
     """
     described = {PROVENANCE: json.dumps(provenance, sort_keys=True)}
     with progress("writing", "" if container(target) == GGUF else "B") as update:
-        if container(target) == GGUF:
+        if encoder is not None:
+            metadata = {**encoder.metadata, **described}
+            weights = encoder_tensors(tensors)
+            if encoder.architecture in FAMILIES:
+                write_text_encoder_gguf(
+                    target, weights, encoder.architecture, None, metadata=metadata, progress=update
+                )
+            else:
+                write_gguf(
+                    target,
+                    weights,
+                    None,
+                    architecture=encoder.architecture,
+                    metadata=metadata,
+                    progress=update,
+                )
+        elif container(target) == GGUF:
             write_gguf(
                 target, tensors, None, architecture=model.architecture, metadata=described, progress=update
             )

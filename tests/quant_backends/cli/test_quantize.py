@@ -159,7 +159,10 @@ def test_what_is_quantized_already(model: Path, tensors: Tensors, snug: Run, tmp
         (("model.safetensors", "out.gguf", "--to", "GGUF Q8_0", "--device", "abacus"), "There is no device"),
         (("lora.safetensors", "out.gguf", "--to", "GGUF Q8_0"), "is a LoRA"),
         (("old.gguf", "out.gguf", "--to", "GGUF Q8_0"), "old.gguf: "),
-        (("t5.safetensors", "out.gguf", "--to", "GGUF Q8_0"), "Text encoders are not written as GGUF"),
+        (
+            ("t5.safetensors", "out.gguf", "--to", "GGUF Q8_0"),
+            "ComfyUI has no tokenizer for this text encoder",
+        ),
     ],
 )
 def test_one_sentence_for_what_is_wrong(
