@@ -5,7 +5,9 @@
     python benchmarks/dequantize.py --kinds scaled --rounds 15 --threads 1 2 --statistic best
 
 Each round runs every contender once on the same random bytes, in turn, and the median over the rounds counts, or the
-best one (--statistic best, for machines that do other work meanwhile).
+best one (--statistic best, for machines that do other work meanwhile). --clock processor counts the time that all
+threads of the process compute, which other processes hardly change; it does not say how well threads share the work.
+Snug decodes with torch alone, and a second time with the package libgguf for the types where it uses it.
 Every contender allocates its result; numpy's float32 result is converted with torch where another dtype is wanted.
 The peer decodes in float32 as Snug does (its own default, the stored float16, is not exact); types that it would
 hand to the gguf package are left out. The results are compared before anything is timed.
@@ -43,6 +45,7 @@ from random_packed import random_packed  # noqa: E402
 from snug.quant_backends.core.backend import Backend  # noqa: E402
 from snug.quant_backends.formats import FORMATS, Format  # noqa: E402
 from snug.quant_backends.formats.scaled import scaled_format  # noqa: E402
+from snug.quant_backends.kernels import native  # noqa: E402
 from snug.quant_backends.kernels.dequantize import dequantize, dequantize_packed  # noqa: E402
 from snug.quant_backends.registry import BACKENDS  # noqa: E402
 
@@ -62,7 +65,7 @@ def load_peer(path: str) -> ModuleType:
 def contenders(
     fmt: type[Format], shape: tuple[int, int], dtype: torch.dtype, peer: ModuleType | None
 ) -> Contenders:
-    """What decodes random bytes of one format; Snug last."""
+    """What decodes random bytes of one format; Snug last, with torch alone."""
     row_bytes = fmt.nbytes(shape[1:])
     raw = np.random.default_rng(0).integers(0, 256, (shape[0], row_bytes), dtype=np.uint8)
     packed = torch.from_numpy(raw)
@@ -73,7 +76,14 @@ def contenders(
     if peer is not None and ggml_type in peer.dequantize_functions:
         decode = peer.dequantize
         found["peer"] = lambda: decode(packed, ggml_type, shape, dtype=torch.float32).to(dtype)
-    found["snug"] = lambda: dequantize(packed, fmt, shape, dtype)
+    if native.native_decoder(fmt, packed) is not None:
+        found["native"] = lambda: dequantize(packed, fmt, shape, dtype)
+
+    def with_torch() -> torch.Tensor:
+        with native.torch_only():
+            return dequantize(packed, fmt, shape, dtype)
+
+    found["snug"] = with_torch
     return found
 
 
@@ -109,17 +119,19 @@ def check(runs: Contenders, steps: int = 0) -> None:
             raise SystemExit(f"{name} differs from Snug: the table would compare different things")
 
 
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 STATISTICS: dict[str, Callable[[Sequence[float]], float]] = {"median": statistics.median, "best": min}
 
 
 def milliseconds(runs: Contenders, arguments: argparse.Namespace) -> dict[str, float]:
     """The time of each contender over the rounds, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    clock = CLOCKS[arguments.clock]
     for _ in range(arguments.rounds):
         for name, run in runs.items():
-            started = time.perf_counter()
+            started = clock()
             run()
-            times[name].append((time.perf_counter() - started) * 1e3)
+            times[name].append((clock() - started) * 1e3)
     return {name: STATISTICS[arguments.statistic](values) for name, values in times.items()}
 
 
@@ -163,12 +175,14 @@ def record_tables(record: dict[str, Any]) -> str:
             "type",
             "gguf numpy ms",
             "peer ms",
+            "Snug with libgguf ms",
             "Snug ms",
             "Snug G weights/s",
             "numpy / Snug",
             "peer / Snug",
+            "with libgguf / Snug",
         )
-        parts.append(_table(header, record["milliseconds"], ("numpy", "peer"), weights))
+        parts.append(_table(header, record["milliseconds"], ("numpy", "peer", "native"), weights))
     if record["scaled"]:
         header = ("format / library", "library ms", "Snug ms", "Snug G weights/s", "library / Snug")
         parts.append(_table(header, record["scaled"], ("library",), weights))
@@ -183,7 +197,7 @@ def _table(
     for name, found in times.items():
         snug = found["snug"]
         cells = [f"{found[key]:.1f}" if key in found else "–" for key in others]
-        ratios = [f"{found[key] / snug:.1f}" if key in found else "–" for key in others]
+        ratios = [f"{found[key] / snug:.2g}" if key in found else "–" for key in others]
         lines.append([name, *cells, f"{snug:.1f}", f"{weights / snug:.2f}", *ratios])
     return table(header, lines)
 
@@ -206,12 +220,13 @@ def main() -> None:
     parser.add_argument(
         "--kinds", nargs="+", default=["ggml", "scaled"], choices=["ggml", "scaled"], help="default: both"
     )
+    parser.add_argument("--clock", default="wall", choices=CLOCKS)
     parser.add_argument("--peer", help="dequant.py of a ComfyUI-GGUF checkout")
     add_output_arguments(parser)
     arguments = parser.parse_args()
 
     command = command_line(peer="ComfyUI-GGUF/dequant.py")
-    facts = environment("numpy", "gguf", "bitsandbytes", "torchao", "optimum-quanto")
+    facts = environment("numpy", "gguf", native.PACKAGE, "bitsandbytes", "torchao", "optimum-quanto")
     text = heading("Decoding packed weights on the CPU", command, facts)
     print(text)
     records = []

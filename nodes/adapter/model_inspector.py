@@ -16,6 +16,7 @@ from ...quant_backends.inspection.header import architecture_of, read_header
 from ...quant_backends.inspection.report import report
 from ...quant_backends.inspection.stored import SINGLE_FILE, FileContents, StoredWeight
 from ...quant_backends.inspection.summary import Summary, summarize, to_json
+from ...quant_backends.kernels import native
 from ...quant_backends.memory.plan import Block, size_text
 from ...quant_backends.readers.safetensors_file import SafetensorsFile
 from ...quant_backends.writers.architecture import detect_architecture
@@ -112,20 +113,23 @@ def inspect_model(patcher: Any, size: ImageSize) -> Summary:
         metadata={},
         no_match=_LOADED,
         fit=_fit_of_patcher(patcher, computing, f"sampling {size}"),
+        notes=_decoding(patcher, weights),
     )
 
 
 def inspect_clip(clip: Any) -> Summary:
     """What a CLIP holds in memory."""
     network = clip.cond_stage_model
+    weights = list(weights_of(network))
     return summarize(
         f"CLIP: {type(network).__name__}",
-        list(weights_of(network)),
+        weights,
         type(network).__name__,
         facts=_patches(clip.patcher),
         metadata={},
         no_match=_LOADED,
         fit=_fit_of_patcher(clip.patcher, computing_bytes(0), "encoding a prompt"),
+        notes=_decoding(clip.patcher, weights),
     )
 
 
@@ -169,6 +173,13 @@ def _reference(contents: FileContents) -> tuple[Reference | None, str]:
 def _patches(patcher: Any) -> dict[str, str]:
     count = len(patcher.patches)
     return {"patches": f"LoRA or other patches on {count} tensors"} if count else {}
+
+
+def _decoding(patcher: Any, weights: list[StoredWeight]) -> list[str]:
+    """What would make the CPU faster that these weights are used on, if anything would."""
+    missing = native.unavailable()
+    used = patcher.load_device.type == "cpu" and any(weight.format in native.FASTER for weight in weights)
+    return [missing] if used and missing else []
 
 
 def _dtype_text(dtype: Any) -> str:

@@ -26,7 +26,15 @@ from .report import event_data, sample_data
 
 MINUTE = 60.0
 GIVEN = "(given)"
-_PACKAGES = ("comfy-kitchen", "comfy-aimdo", "comfyui-frontend-package", "numpy", "safetensors", "triton")
+_PACKAGES = (
+    "comfy-kitchen",
+    "comfy-aimdo",
+    "comfyui-frontend-package",
+    "libgguf",
+    "numpy",
+    "safetensors",
+    "triton",
+)
 
 
 def diagnostics() -> dict[str, Any]:

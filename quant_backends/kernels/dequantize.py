@@ -17,6 +17,7 @@ from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
 from ..formats.row_encoder import DATA, RowEncoder
 from ..formats.scaled_base import ScaledFormat, rows_and_columns
+from .native import native_decoder
 
 # Weights per chunk. On a CPU it weighs the fixed cost of some dozen torch calls, about 0.1 ms, against the cache
 # that intermediates of about 6 bytes a weight need: 2^19 to 2^21 measured alike, 2^18 a third slower.
@@ -219,6 +220,10 @@ def _copy_plain(data: torch.Tensor, stored: torch.dtype, out: torch.Tensor) -> N
 
 
 def _decode_chunks(blocks: torch.Tensor, fmt: type[Format], out: torch.Tensor) -> None:
+    native = native_decoder(fmt, blocks)
+    if native is not None and out.dtype == torch.float32:
+        native(blocks, out)
+        return
     step = max(1, weights_per_chunk(blocks.device) // fmt.block_size)
     scratch = Scratch(blocks.device, min(step, len(blocks)) * fmt.block_size * SCRATCH_BYTES)
     aligned = blocks.storage_offset() % 8 == 0  # else torch refuses views of wider dtypes
@@ -229,5 +234,8 @@ def _decode_chunks(blocks: torch.Tensor, fmt: type[Format], out: torch.Tensor) -
             fmt.decode(chunk, result, scratch)
         else:
             weights = scratch.get("weights", result.shape, torch.float32)
-            fmt.decode(chunk, weights, scratch)
+            if native is not None:
+                native(chunk, weights)
+            else:
+                fmt.decode(chunk, weights, scratch)
             result.copy_(weights)

@@ -17,6 +17,7 @@ from ..formats import Format, Scratch
 from ..formats.scaled_base import ScaledFormat
 from .dequantize import SCRATCH_BYTES, dequantize_packed
 from .eight_bit import eight_bit_linear, rounds_input
+from .native import native_decoder
 
 # Weights in one decoded tile, 8 MiB of float32. Half of it makes K-quants up to a third slower, for their many
 # small operations and the narrow matmuls; twice of it no longer stays in the cache with its intermediates.
@@ -59,13 +60,19 @@ def _row_decoder(weight: PackedTensor) -> DecodeRows | None:
 
         return decode_scaled
     ggml: type[Format] = fmt
-    if ggml.dtype is not None or columns % ggml.block_size or weight.data.storage_offset() % 8:
+    native = native_decoder(ggml, weight.data)
+    if ggml.dtype is not None or columns % ggml.block_size:
+        return None
+    if native is None and weight.data.storage_offset() % 8:
         return None
     packed_rows = weight.data.view(rows, -1)
 
     def decode_blocks(start: int, stop: int, tile: torch.Tensor, scratch: Scratch) -> None:
         blocks = packed_rows[start:stop].view(-1, ggml.block_bytes)
-        ggml.decode(blocks, tile.view(-1, ggml.block_size), scratch)
+        if native is not None:
+            native(blocks, tile.view(-1, ggml.block_size))
+        else:
+            ggml.decode(blocks, tile.view(-1, ggml.block_size), scratch)
 
     return decode_blocks
 

@@ -166,6 +166,21 @@ def test_clip(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert any("encoder.layers" in group.name for group in found.groups)
 
 
+def test_what_would_make_the_cpu_faster(
+    twins: MakeTwins, size: Any, monkeypatch: pytest.MonkeyPatch, comfy: Any
+) -> None:
+    from snug.nodes.adapter.loading import load_diffusion_model
+    from snug.nodes.adapter.model_inspector import inspect_model
+    from snug.quant_backends.kernels import native
+
+    patcher = load_diffusion_model(str(twins("sd3", "Q4_0").gguf))
+    monkeypatch.setattr(native, "_library", lambda: None)
+    [note] = inspect_model(patcher, size).notes
+    assert "pip install libgguf" in note
+    monkeypatch.setattr(native, "_library", lambda: native)
+    assert not inspect_model(patcher, size).notes
+
+
 def test_nothing_to_inspect(size: Any) -> None:
     from snug.nodes.adapter.model_inspector import NONE, find_file, inspect
     from snug.quant_backends.core.errors import SnugError

@@ -26,6 +26,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     return module.weights_per_chunk(torch.device("cpu"))
 
 
+@pytest.mark.usefixtures("torch_alone")
 @packed_format
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_chunks_of_every_length(
@@ -58,6 +59,7 @@ def test_the_result_goes_into_the_given_tensor(fmt: type[Format], random_blocks:
     assert torch.equal(_bits(out), _bits(dequantize(blocks, fmt, shape, torch.bfloat16)))
 
 
+@pytest.mark.usefixtures("torch_alone")
 @every_format
 def test_bytes_at_any_offset_of_a_file(fmt: type[Format], random_blocks: RandomBlocks) -> None:
     blocks = random_blocks(fmt, 4)

@@ -74,6 +74,7 @@ def _assert_equals_decoded(x: torch.Tensor, packed: PackedTensor, bias: torch.Te
     assert ((found.float() - expected.float()).abs() <= TOLERANCE[x.dtype] * bound).all()
 
 
+@pytest.mark.usefixtures("torch_alone")
 @every_format
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 48, 61])
 def test_every_format_and_tile_boundary(fmt: type[Format], rows: int) -> None:
