@@ -12,6 +12,7 @@ logger = logging.getLogger("snug")
 class SnugExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .calibrate import SnugCalibrate, SnugCalibrateTextEncoder, SnugLoadCalibration
+        from .compare_images import SnugCompareImages
         from .group_offload import SnugGroupOffload, SnugGroupOffloadCLIP
         from .layerwise_casting import SnugLayerwiseCasting, SnugLayerwiseCastingCLIP
         from .load_checkpoint import SnugLoadCheckpoint
@@ -50,6 +51,7 @@ class SnugExtension(ComfyExtension):
             SnugMemoryBudget,
             SnugModelInspector,
             SnugVRAMMonitor,
+            SnugCompareImages,
             SnugCalibrate,
             SnugCalibrateTextEncoder,
             SnugLoadCalibration,

@@ -4,6 +4,8 @@ declare namespace Comfy {
     name: string;
     value: unknown;
     serialize?: boolean;
+    element?: HTMLElement;
+    options?: DOMWidgetOptions;
   }
 
   interface DOMWidgetOptions {
@@ -24,10 +26,13 @@ declare namespace Comfy {
     subgraph?: Graph;
     graph?: Graph | null;
     size: ArrayLike<number>;
+    /** Saved with the workflow. */
+    properties: Record<string, any>;
     addDOMWidget(name: string, type: string, element: HTMLElement, options: DOMWidgetOptions): Widget;
     computeSize(): [number, number];
     setSize(size: [number, number]): void;
     onExecuted?: (output: any) => void;
+    onConfigure?: (data: any) => void;
     onRemoved?: () => void;
   }
 
@@ -73,6 +78,7 @@ declare namespace Comfy {
     toast?: Toast;
     sidebarTab?: { activeSidebarTabId?: string | null; toggleSidebarTab?(id: string): void };
     command?: { execute(id: string): void };
+    workflow?: { activeWorkflow?: { changeTracker?: { checkState?(): void } } | null };
   }
 
   interface Extension {
@@ -93,6 +99,7 @@ declare namespace Comfy {
 
   interface Api {
     clientId?: string;
+    apiURL?(route: string): string;
     fetchApi(route: string, options?: RequestInit): Promise<Response>;
     addEventListener(type: string, listener: (event: any) => void): void;
     removeEventListener(type: string, listener: (event: any) => void): void;

@@ -1,13 +1,21 @@
 // @ts-check
-/** What ComfyUI's page loads of Snug: the memory panel in the sidebar and the bar in the VRAM Monitor node. */
+/** What ComfyUI's page loads of Snug: the memory panel in the sidebar, and what nodes show of their own. */
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { addCompareWidget } from "./compare/compare_node.mjs";
 import { TelemetryClient } from "./telemetry/client.mjs";
 import { Queue, addMonitorWidget } from "./telemetry/node_widget.mjs";
 import { mountPanel } from "./telemetry/panel/panel.mjs";
 import { Store } from "./telemetry/store.mjs";
 
+const STYLES = [
+  "snug.css",
+  "telemetry/panel/panel.css",
+  "telemetry/panel/bar.css",
+  "telemetry/panel/timeline.css",
+  "compare/compare.css",
+];
 const TAB = "snug.memory";
 /** In the browser's memory of this tab: the panel is opened again after the page was loaded anew. */
 const WAS_OPEN = "snug.memory.open";
@@ -44,10 +52,12 @@ function openPanel() {
 }
 
 function addStyles() {
-  const link = document.createElement("link");
-  link.rel = "stylesheet";
-  link.href = new URL("./snug.css", import.meta.url).href;
-  document.head.append(link);
+  for (const file of STYLES) {
+    const link = document.createElement("link");
+    link.rel = "stylesheet";
+    link.href = new URL(file, import.meta.url).href;
+    document.head.append(link);
+  }
 }
 
 app.registerExtension({
@@ -78,5 +88,6 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (node.comfyClass === "SnugVRAMMonitor") addMonitorWidget(node, queue, client, store);
+    if (node.comfyClass === "SnugCompareImages") addCompareWidget(node, app, api);
   },
 });

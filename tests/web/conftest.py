@@ -18,11 +18,11 @@ from stand_ins import write_flux
 TEST_NODES = Path(__file__).parents[1] / "comfy" / "custom_nodes" / "snug_test_nodes"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def page_server(
     root: Path, comfyui_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ComfyServer]:
-    """A ComfyUI of its own: settings of the page are the server's."""
+    """A ComfyUI of its own for all pages: settings of the page are the server's."""
     packs = {"ComfyUI-Snug": root, TEST_NODES.name: TEST_NODES}
     base = tmp_path_factory.mktemp("page")
     with ComfyServer(Path(sys.executable), comfyui_path, base, packs) as server:

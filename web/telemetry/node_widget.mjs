@@ -4,7 +4,7 @@
 import { bytes, shorten } from "./format.mjs";
 import { highest, peakOf, used } from "./layout.mjs";
 import { makeBar, updateBar } from "./panel/bar.mjs";
-import { h, set, setText } from "./panel/dom.mjs";
+import { h, set, setText } from "../dom.mjs";
 import { latest } from "./state.mjs";
 import { watchVisible } from "./visible.mjs";
 
@@ -53,7 +53,7 @@ export function addMonitorWidget(node, queue, client, store) {
   const peak = h("div", { class: "snug-faint snug-peak-name" }, "The peak appears here when the workflow runs.");
   const element = h(
     "div",
-    { class: "snug-monitor", "data-snug": "monitor", style: `min-height: ${HEIGHT}px` },
+    { class: "snug-node snug-monitor", "data-snug": "monitor", style: `min-height: ${HEIGHT}px` },
     heading,
     bar,
     peak,

@@ -2,7 +2,7 @@
 /** What deserves attention, each with what to do about it. */
 
 import { alertsOf } from "../alerts.mjs";
-import { h, keyed } from "./dom.mjs";
+import { h, keyed } from "../../dom.mjs";
 
 /** @param {{unload: () => void, focus: (nodeId: string) => void}} actions */
 export function makeAlerts(actions) {

@@ -3,7 +3,7 @@
 
 import { bytes, percent } from "../format.mjs";
 import { partHelp, partName, segments, used } from "../layout.mjs";
-import { h, keyed, set, setText } from "./dom.mjs";
+import { h, keyed, set, setText } from "../../dom.mjs";
 
 /** Parts of a bar that are smaller than this get no label in it. */
 const LABELLED = 0.16;

@@ -5,7 +5,7 @@ import { bytes, percent } from "../format.mjs";
 import { partHelp, partName, segments, used } from "../layout.mjs";
 import { latest } from "../state.mjs";
 import { makeBar, updateBar } from "./bar.mjs";
-import { find, h, keyed, section, set, setText } from "./dom.mjs";
+import { find, h, keyed, section, set, setText } from "../../dom.mjs";
 
 export function makeDevices() {
   const list = h("div", { class: "snug-devices" });

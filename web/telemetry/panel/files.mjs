@@ -5,7 +5,7 @@ import { RequestError, messageOf } from "../client.mjs";
 import { asCsv, asJson } from "../export.mjs";
 import { latest } from "../state.mjs";
 import { toast } from "../toast.mjs";
-import { h } from "./dom.mjs";
+import { h } from "../../dom.mjs";
 
 /**
  * @param {Comfy.App} app @param {import("../client.mjs").TelemetryClient} client

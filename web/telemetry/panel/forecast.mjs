@@ -5,7 +5,7 @@ import { RequestError } from "../client.mjs";
 import { bytes } from "../format.mjs";
 import { filesToLoad } from "../graph.mjs";
 import { latest } from "../state.mjs";
-import { h, keyed, section, set, setText } from "./dom.mjs";
+import { h, keyed, section, set, setText } from "../../dom.mjs";
 
 /** Milliseconds between looks at the workflow. */
 const PAUSE = 2000;

@@ -2,7 +2,7 @@
 /** The report of a model file as a picture: formats, blocks, tensors, and whether it fits. */
 
 import { bytes, percent, plural } from "../format.mjs";
-import { h } from "./dom.mjs";
+import { h } from "../../dom.mjs";
 
 /** Blocks and tensors that are named. */
 const MOST_GROUPS = 8;

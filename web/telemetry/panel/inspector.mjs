@@ -4,7 +4,7 @@
 import { messageOf } from "../client.mjs";
 import { toast } from "../toast.mjs";
 import { copyText } from "./files.mjs";
-import { h, section, setText } from "./dom.mjs";
+import { h, section, setText } from "../../dom.mjs";
 import { drawInspection } from "./inspection.mjs";
 
 /** @param {Comfy.App} app @param {import("../client.mjs").TelemetryClient} client */

@@ -3,7 +3,7 @@
 
 import { bytes } from "../format.mjs";
 import { latest } from "../state.mjs";
-import { find, h, keyed, section, set, setText } from "./dom.mjs";
+import { find, h, keyed, section, set, setText } from "../../dom.mjs";
 
 /** @param {{unload: () => void, focusTitle: (title: string) => void}} actions */
 export function makeModels(actions) {

@@ -3,7 +3,7 @@
 
 import { bytes, seconds } from "../format.mjs";
 import { peakOf } from "../layout.mjs";
-import { find, h, keyed, set, setText } from "./dom.mjs";
+import { find, h, keyed, set, setText } from "../../dom.mjs";
 
 /** Rows that are shown at first. */
 const MOST = 100;

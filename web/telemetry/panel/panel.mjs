@@ -9,7 +9,7 @@ import { toast } from "../toast.mjs";
 import { watchVisible } from "../visible.mjs";
 import { makeAlerts } from "./alerts.mjs";
 import { makeDevices } from "./devices.mjs";
-import { h, set, setText } from "./dom.mjs";
+import { h, set, setText } from "../../dom.mjs";
 import { makeDiagnostics, makeExport } from "./files.mjs";
 import { makeForecast } from "./forecast.mjs";
 import { makeInspector } from "./inspector.mjs";

@@ -4,7 +4,7 @@
 import { bytes, clock, plural, seconds } from "../format.mjs";
 import { highest, peakOf } from "../layout.mjs";
 import { chosenPrompt, latest, promptsOf, recentPoints } from "../state.mjs";
-import { h, keyed, section, set, setText } from "./dom.mjs";
+import { h, keyed, section, set, setText } from "../../dom.mjs";
 import { makeNodes } from "./nodes.mjs";
 import { makeTimeline } from "./timeline.mjs";
 

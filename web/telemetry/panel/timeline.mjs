@@ -15,7 +15,7 @@ import {
   timeTicks,
   used,
 } from "../layout.mjs";
-import { freshId, h, set, setText, svg } from "./dom.mjs";
+import { freshId, h, set, setText, svg } from "../../dom.mjs";
 
 const LEFT = 52;
 const RIGHT = 8;
