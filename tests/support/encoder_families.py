@@ -84,7 +84,10 @@ class Builder:
 
     def _weights(self, kind: str, family: Family, rows: int) -> dict[str, torch.Tensor]:
         if kind == "CLIP_L":
-            self.patch.setattr(SmallCLIP, "sizes", {**SmallCLIP.sizes, "hidden_size": 256})
+            # Rows of one group would be read as rows without groups, which is the same.
+            shape = {**SmallCLIP.sizes, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 4}
+            shape |= {"vocab_size": rows} if rows else {}
+            self.patch.setattr(SmallCLIP, "sizes", shape)
             return SmallCLIP(self.comfy, self.patch).weights("sd1_clip_config.json")
         if kind in ("T5_XXL", "UMT5_XXL"):
             return self._t5(kind == "UMT5_XXL", family, rows)
@@ -111,7 +114,8 @@ class Builder:
     def _t5(self, is_umt5: bool, family: Family, rows: int) -> dict[str, torch.Tensor]:
         from snug.nodes.adapter import text_encoder_kinds
 
-        self.patch.setattr(SmallT5, "sizes", {**SmallT5.sizes, "d_model": 256, "d_ff": 512, "d_kv": 64})
+        shape = {"d_model": 256, "d_ff": 512, "d_kv": 64, "num_layers": 4}
+        self.patch.setattr(SmallT5, "sizes", {**SmallT5.sizes, **shape})
         small = SmallT5(self.patch)
         small.vocab_size = rows or family.rows or small.vocab_size
         weights = small.weights(self.comfy, umt5=is_umt5)
@@ -127,7 +131,7 @@ class Builder:
         tower = qwen_vl.Qwen2VLVisionTransformer
 
         def build_tower(hidden_size: int, **options: Any) -> Any:
-            return tower(hidden_size=128, **SMALL_TOWER, **options)
+            return tower(hidden_size=128, **{**SMALL_TOWER, **options})
 
         self.patch.setattr(qwen_vl, "Qwen2VLVisionTransformer", build_tower)
         # What Mistral gives comes out of its 30th layer.
