@@ -9,6 +9,8 @@ from ..core.errors import FileFormatError
 from .gguf_values import Metadata, shown
 
 HINT = "download a conversion of the model that keeps its tokenizer, or a .safetensors version"
+# Many times the tokens of any model; what a tokenizer's numbers are checked against before lists are made of them.
+MAX_TOKENS = 1 << 22
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 # Logarithms of probabilities, or ranks; tokenizers keep them in float32, which metadata need not be.
 MAX_SCORE = 1e38

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import SnugError
-from ..readers.gguf_vocabulary import CONTROL, NORMAL, UNUSED
+from ..readers.gguf_vocabulary import CONTROL, MAX_TOKENS, NORMAL, UNUSED
 from ..readers.tekken_model import byte_of_character
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def tekken_metadata(tokenizer: Mapping[str, Any], rows: int) -> dict[str, Metada
 def _tekken(tokenizer: Mapping[str, Any]) -> tuple[list[str | None], list[bytes]]:
     """(special tokens, None for numbers that have none; the bytes of the others), in order."""
     config = tokenizer["config"]
-    count, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
+    count, size = _number(config["default_num_special_tokens"]), _number(config["default_vocab_size"])
     specials: list[str | None] = [None] * count
     for entry in tokenizer["special_tokens"]:
         text = entry.get("token_str")
@@ -94,7 +94,7 @@ def _hugging_face(tokenizer: Mapping[str, Any]) -> tuple[list[str | None], list[
 
 
 def _number(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or not 0 <= value < MAX_TOKENS:
         raise ValueError("no number of a token")
     return value
 

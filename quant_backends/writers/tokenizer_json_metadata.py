@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import SnugError
-from ..readers.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from ..readers.gguf_vocabulary import (
+    BYTE,
+    CONTROL,
+    MAX_TOKENS,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
 from ..readers.tokenizer_json import ORIGINAL, SPACE, UNKNOWN_TOKEN
 
 if TYPE_CHECKING:
@@ -63,6 +71,8 @@ def _metadata(tokenizer: Mapping[str, Any], rows: int) -> dict[str, MetadataValu
     for entry in tokenizer.get("added_tokens", ()):
         by_number[entry["id"]] = entry["content"]
         types[entry["id"]] = CONTROL if entry.get("special") else USER_DEFINED
+    if max(by_number) >= MAX_TOKENS:
+        raise ValueError("more tokens than any model has")
     count = max(max(by_number) + 1, rows)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     tokens = [by_number.get(number, f"[PAD{number}]") for number in range(count)]

@@ -90,6 +90,8 @@ def test_tekken_merges_give_the_same_tokens() -> None:
     tokens = metadata["tokenizer.ggml.tokens"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    order = [(vocabulary[left + right], vocabulary[left], vocabulary[right]) for left, right in merges]
+    assert order == sorted(set(order))  # as llama.cpp's converter has them
     model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
     ranks = {base64.b64decode(e["token_bytes"]): e["rank"] for e in tekken()["vocab"]}
     characters = byte_characters()
@@ -157,6 +159,16 @@ def test_what_the_keys_cannot_say_goes_along(change: dict[str, Any], tmp_path: P
         ("tokenizer_json", b"{}", "no byte-pair vocabulary"),
         ("tokenizer_json", b'{"model": {"type": "Unigram", "vocab": []}}', "no byte-pair vocabulary"),
         ("tokenizer_json", b'{"model": {"vocab": {"a": "b"}, "merges": []}}', "no byte-pair vocabulary"),
+        (
+            "tokenizer_json",
+            b'{"model": {"vocab": {"a": 1000000000000}, "merges": []}}',
+            "no byte-pair vocabulary",
+        ),
+        (
+            "tekken_model",
+            b'{"config": {"default_num_special_tokens": 1000000000000, "default_vocab_size": 9}}',
+            "no tekken vocabulary",
+        ),
         ("spiece_model", b"\n\n\n", "no SentencePiece model, or a damaged one"),
     ],
 )
