@@ -10,6 +10,11 @@ logger = logging.getLogger("snug")
 
 
 class SnugExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        from . import replacements
+
+        await replacements.register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         from .calibrate import SnugCalibrate, SnugCalibrateTextEncoder, SnugLoadCalibration
         from .compare_images import SnugCompareImages

@@ -39,6 +39,8 @@ OLDEST_PYTHON = (3, 10)
 TORCH = "torch==2.13.0"
 # Installed without their dependencies: torchaudio 2.11.0, the newest there is, asks for an older torch.
 TORCH_COMPANIONS = ("torchvision==0.28.0", "torchaudio==2.11.0")
+# The extras of pyproject.toml that tests use; users choose among the others.
+EXTRAS = ("gguf", "test", "kquants")
 TORCH_NAMES = {"torch", "torchvision", "torchaudio"}
 GIB = 2**30
 DISK_CPU, DISK_CUDA = 3 * GIB, 7 * GIB
@@ -135,7 +137,7 @@ def build(folder: Path, tree: Path, steps: Steps, log: Path) -> None:
 
     extras = pack["optional-dependencies"]
     with steps.step("test tools"):
-        run_logged([*pip, *extras["test"]], log, ADVICE)
+        run_logged([*pip, *extras["gguf"], *extras["test"]], log, ADVICE)
         without_kquants = install_optional([*pip, "--only-binary", ":all:", *extras["kquants"]], log)
         install_node_packages(python, log)
 
@@ -214,7 +216,7 @@ def environment_folder(cache: Path, tree: Path) -> Path:
         os.environ.get("SNUG_TORCH") or [TORCH, *TORCH_COMPANIONS],
         requirements_without_torch(tree),
         project["dependencies"],
-        project["optional-dependencies"],
+        {name: project["optional-dependencies"][name] for name in EXTRAS},
         node_packages(),
     )
     return cache / "envs" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

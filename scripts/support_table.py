@@ -30,12 +30,12 @@ def blocks() -> dict[Path, Callable[[], str]]:
     return {ROOT / "README.md": readme, ROOT / "docs" / "formats.md": registry.details_table}
 
 
-def updated(text: str, block: str) -> str:
+def updated(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `block` between the markers; ValueError unless they occur once."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"expected once: {BEGIN} … {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{_wrapped(block)}\n{END}", text)
+        raise ValueError(f"expected once: {begin} … {end}")
+    return pattern.sub(lambda _: f"{begin}\n{_wrapped(block)}\n{end}", text)
 
 
 def outdated() -> dict[Path, str]:

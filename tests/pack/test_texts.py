@@ -64,6 +64,29 @@ def test_each_language_has_the_same_files(root: Path) -> None:
         assert {path.name for path in folder.iterdir()} == english
 
 
+@pytest.mark.parametrize("heading", ["When to use it", "Inputs", "Outputs?", "Trade-offs", "Example"])
+def test_help_pages_have(heading: str, schemas: list[Any], root: Path) -> None:
+    missing = [
+        schema.node_id
+        for schema in schemas
+        if not re.search(rf"^## {heading}$", _help(root, schema.node_id), re.MULTILINE)
+    ]
+    assert missing == []
+
+
+def test_help_pages_name_the_node_and_every_input(schemas: list[Any], root: Path) -> None:
+    for schema in schemas:
+        text = _help(root, schema.node_id)
+        assert text.startswith(f"# {schema.display_name}\n")
+        # "`positive_2` to `positive_4`" stands for those between as well.
+        ranges = set(re.findall(r"`(\w+_)\d`(?: to |–)`\1\d`", text))
+        for entry in schema.inputs:
+            assert f"`{entry.id}`" in text or entry.id.rstrip("0123456789") in ranges, (
+                schema.node_id,
+                entry.id,
+            )
+
+
 def test_texts_are_no_syntax_of_the_page(root: Path) -> None:
     for path in (root / "locales").rglob("*.json"):
         for text in _texts(json.loads(path.read_text(encoding="utf-8"))):
@@ -98,6 +121,10 @@ def test_what_is_missing_or_stale_is_found() -> None:
     assert made == {"Node": {"display_name": "eins", "inputs": {"a": {"name": "MODEL", "tooltip": "two"}}}}
     assert texts == before
     assert list(translation.missing) == ["two"] and translation.stale == ["gone"]
+
+
+def _help(root: Path, node_id: str) -> str:
+    return (root / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
 
 
 def _texts(found: Any) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from comfy_page import ComfyPage, find_chromium, launch
 from comfy_server import ComfyServer
 from playwright.sync_api import Browser, sync_playwright
-from stand_ins import write_flux
+from stand_ins import write_stand_ins
 
 TEST_NODES = Path(__file__).parents[1] / "comfy" / "custom_nodes" / "snug_test_nodes"
 
@@ -72,7 +72,7 @@ def example_graph(
     root: Path, comfyui_path: Path, page_server: ComfyServer, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Any]:
     """The example workflow, for a picture that takes a second; tiny models lie where it wants its files."""
-    write_flux(page_server.base / "models", comfyui_path, tmp_path_factory.mktemp("sources"))
+    write_stand_ins(page_server.base / "models", comfyui_path, tmp_path_factory.mktemp("sources"))
     path = root / "example_workflows" / "snug_vram_monitor.json"
     graph = json.loads(path.read_text(encoding="utf-8"))
     nodes = {node["type"]: node for node in graph["nodes"]}
