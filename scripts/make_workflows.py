@@ -29,7 +29,7 @@ from workflow_graph import Graph, Output
 FOLDER = ROOT / "example_workflows"
 HUGGING_FACE = "https://huggingface.co/"
 PROMPT = "a red fox under the moon, watercolour"
-NOTE = (420, 440)
+NOTE = (420, 340)
 PICTURE_WIDTH = 800
 
 # Where well-known files are: name, the folder in models/ they belong into, their page.

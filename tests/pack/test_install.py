@@ -57,7 +57,7 @@ def run(command: list[str | Path], folder: Path, **variables: str) -> str:
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def published(checkout: Path) -> set[str]:

@@ -33,14 +33,14 @@ FIT = """() => {
     const left = Math.min(...boxes.map(([x]) => x)), top = Math.min(...boxes.map(([, y]) => y));
     const width = Math.max(...boxes.map(([x, , w]) => x + w)) - left;
     const height = Math.max(...boxes.map(([, y, , h]) => y + h)) - top;
-    const scale = Math.min(1, (window.innerWidth - 180) / width, (window.innerHeight - 500) / height);
+    const scale = Math.min(1, (window.innerWidth - 180) / width, (window.innerHeight - 560) / height);
     canvas.ds.scale = scale;
     canvas.ds.offset[0] = 100 / scale - left;
-    canvas.ds.offset[1] = 120 / scale - top;
+    canvas.ds.offset[1] = 180 / scale - top;
     canvas.low_quality_zoom_threshold = 0;  // of older pages: text is drawn at any size
     canvas.setDirty(true, true);
     const place = canvas.canvas.getBoundingClientRect();
-    return { x: place.x + 85, y: place.y + 105, width: width * scale + 30, height: height * scale + 30 };
+    return { x: place.x + 85, y: place.y + 165, width: width * scale + 30, height: height * scale + 30 };
 }"""
 
 
