@@ -78,8 +78,8 @@ def test_help_pages_name_the_node_and_every_input(schemas: list[Any], root: Path
     for schema in schemas:
         text = _help(root, schema.node_id)
         assert text.startswith(f"# {schema.display_name}\n")
-        # "`positive_2` to `positive_4`" stands for those between as well.
-        ranges = set(re.findall(r"`(\w+_)\d`(?: to |–)`\1\d`", text))
+        # "`positive_2` to `positive_4`" and the like stand for those between as well.
+        ranges = set(re.findall(r"`(\w+_)\d`(?: to |–| … )`\1\d`", text))
         for entry in schema.inputs:
             assert f"`{entry.id}`" in text or entry.id.rstrip("0123456789") in ranges, (
                 schema.node_id,
