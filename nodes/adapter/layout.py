@@ -19,7 +19,7 @@ from ...quant_backends.core.errors import SnugError
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.formats import FORMATS
 from ...quant_backends.formats.scaled import format_called
-from ...quant_backends.kernels.dequantize import dequantize_packed, quantize
+from ...quant_backends.kernels.dequantize import dequantize, dequantize_packed, quantize
 from ...quant_backends.kernels.linear import linear
 from ...quant_backends.kernels.traced import traced_dequantize
 
@@ -177,10 +177,11 @@ def unpack(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def warm_up(weight: QuantizedTensor, device: torch.device) -> None:
-    """Decodes one block of the weight's format on `device`: puts the format's lookup tables there."""
+    """Decodes one block of the weight's format on `device`: puts its lookup tables there and compiles its kernel."""
     fmt = format_called(weight.params.format)
     if isinstance(fmt, type):
-        fmt.dequantize_blocks(torch.zeros((1, fmt.block_bytes), dtype=torch.uint8, device=device))
+        block = torch.zeros(fmt.block_bytes, dtype=torch.uint8, device=device)
+        dequantize(block, fmt, (fmt.block_size,), weight.dtype)
 
 
 def packed_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -29,3 +31,45 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @lru_cache
 def _capability_of(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many units the device runs programs on; 1 where there is no saying."""
+    if device.type != "cuda":
+        return 1
+    return _multiprocessors_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _multiprocessors_of(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Within it, kernels are started on `device`."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """NVIDIA's generation of a GPU, such as (8, 9); (0, 0) for everything else."""
+    return _capability(device)
+
+
+@lru_cache
+def triton_version() -> tuple[int, int]:
+    """(major, minor) of the Triton that is installed and works, else (0, 0)."""
+    try:
+        import triton
+        import triton.language  # what a broken installation lacks
+
+        major, minor = triton.__version__.split(".")[:2]
+        return int(major), int(minor)
+    except Exception:  # whatever a library for other hardware raises when it is imported
+        return (0, 0)
+
+
+def interprets_kernels() -> bool:
+    """Whether Triton runs kernels on the CPU, for tests: it asks for this variable when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,6 +19,8 @@ from .words import column_words, extract, half_floats, number
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _E2M1_DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+# What the codes of each format stand for, before they are scaled.
+LOOKED_UP = {"IQ4_NL": _IQ4, "IQ4_XS": _IQ4, "MXFP4": _E2M1_DOUBLED, "NVFP4": _E2M1_DOUBLED}
 _TABLE_UNIT = 4  # the table of codes is for weights divided by this many steps
 _TABLE_SHIFT, _TABLE_SIZE = 21, 2048  # sign, exponent and two bits of the mantissa of a float32
 

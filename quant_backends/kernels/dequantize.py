@@ -1,4 +1,4 @@
-"""Packed bytes to weights and back: the one place that picks how.
+"""Packed bytes to weights and back: by a GPU's kernel where `dispatch` finds one, else with torch.
 
 Weights are decoded in float32, whatever the output, and rounded once. Work goes chunk by chunk, so that the
 intermediate values stay in the processor's cache and scratch memory stays small for any tensor size.
@@ -17,6 +17,7 @@ from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
 from ..formats.row_encoder import DATA, RowEncoder
 from ..formats.scaled_base import ScaledFormat, rows_and_columns
+from .dispatch import decode_by_kernel
 from .native import native_decoder
 
 # Weights per chunk. On a CPU it weighs the fixed cost of some dozen torch calls, about 0.1 ms, against the cache
@@ -63,7 +64,7 @@ def dequantize(
         return out
     if fmt.dtype is not None:
         _copy_plain(data.view(-1), fmt.dtype, out.view(-1))
-    else:
+    elif not decode_by_kernel(PackedTensor(data.view(-1), fmt, shape), out):
         _decode_chunks(data.view(-1, fmt.block_bytes), fmt, out.view(-1, fmt.block_size))
     return out
 
@@ -81,6 +82,8 @@ def dequantize_packed(
     device = packed.data.device
     out = _output(shape, dtype, device, out)
     if out.numel() == 0:
+        return out
+    if decode_by_kernel(packed, out):
         return out
     rows, columns = rows_and_columns(shape)
     step = min(rows, max(1, weights_per_chunk(device) // columns))

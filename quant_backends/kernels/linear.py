@@ -1,8 +1,9 @@
 """The linear layer over a packed weight: y = x @ dequantize(W).T + bias.
 
-On a GPU the weight is decoded whole into scratch and multiplied by the library's matmul. On a CPU the decoded
-weight is several times larger than the packed one and memory is the bottleneck, so rows are decoded in tiles
-that stay in the cache and each tile is multiplied at once: the dense weight never exists.
+On a GPU the weight is decoded whole into scratch and multiplied by the library's matmul, or for few rows of x by a
+kernel that decodes as it goes. On a CPU the decoded weight is several times larger than the packed one and memory is
+the bottleneck, so rows are decoded in tiles that stay in the cache and each tile is multiplied at once: the dense
+weight never exists.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
 from ..formats.scaled_base import ScaledFormat
 from .dequantize import SCRATCH_BYTES, dequantize_packed
+from .dispatch import linear_by_kernel
 from .eight_bit import eight_bit_linear, rounds_input
 from .native import native_decoder
 
@@ -38,6 +40,9 @@ def linear(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = No
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if not needs_grad and rounds_input(weight, x):
         return eight_bit_linear(x, weight, bias)
+    result = None if needs_grad else linear_by_kernel(x, weight, bias)
+    if result is not None:
+        return result
     decode = None if x.device.type != "cpu" or needs_grad else _row_decoder(weight)
     if decode is None:
         return F.linear(x, dequantize_packed(weight, x.dtype), bias)

@@ -1,0 +1,201 @@
+"""Which implementation decodes and multiplies a packed weight: the only place that picks.
+
+"torch" can do everything everywhere. "triton" states here what it needs. The first that can is taken; `using` forces
+one, for tests and benchmarks. A kernel that fails when it is first started (no compiler for its launcher, a driver that
+is too old) is not tried again, and torch does its work.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from ..core.device import compute_capability, interprets_kernels, triton_version
+from ..core.errors import SnugError
+from ..core.packed import PackedTensor
+from .gpu import operands
+
+log = logging.getLogger("snug")
+
+AUTO, TRITON, TORCH = "auto", "triton", "torch"
+
+
+@dataclass(frozen=True, slots=True)
+class Requirements:
+    """capability: least of the GPU; triton: least version; dtypes: of results.
+
+    most_tokens: rows of x up to which multiplying from packed weights pays, by the GPU's capability: above, decoding
+    the whole weight for the library's matmul does. Of other GPUs they are `other_tokens`.
+    """
+
+    capability: tuple[int, int]
+    triton: tuple[int, int]
+    dtypes: tuple[torch.dtype, ...]
+    most_tokens: dict[tuple[int, int], int]
+    other_tokens: int
+
+
+TRITON_NEEDS = Requirements(
+    # The first generation with instructions for bfloat16.
+    capability=(8, 0),
+    # Where tl.join, tl.split and reshapes that keep the order of elements have settled.
+    triton=(3, 1),
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    # A100, RTX 30, RTX 40, H100, B200, RTX 50.
+    most_tokens={(8, 0): 128, (8, 6): 128, (8, 9): 256, (9, 0): 64, (10, 0): 64, (12, 0): 256},
+    other_tokens=8,
+)
+
+_forced = AUTO
+_works: set[tuple[object, ...]] = set()
+_fails: set[tuple[object, ...]] = set()
+
+
+@contextmanager
+def using(implementation: str) -> Iterator[None]:
+    """Within it everything is done by "triton" or "torch"; SnugError from a call where that cannot."""
+    global _forced
+    before, _forced = _forced, implementation
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@functools.lru_cache(maxsize=256)
+def _missing(device: torch.device) -> str | None:
+    """What keeps Triton's kernels from running on a device; None where nothing does."""
+    needs = TRITON_NEEDS
+    on_cpu = device.type == "cpu" and interprets_kernels()
+    if not on_cpu and compute_capability(device) < needs.capability:
+        return f"{device} is no NVIDIA GPU of compute capability {needs.capability[0]}.{needs.capability[1]} or newer"
+    if triton_version() < needs.triton:
+        return f"there is no Triton {needs.triton[0]}.{needs.triton[1]} or newer"
+    return None
+
+
+def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The module that starts the kernels, where they can be used."""
+    if _forced == TORCH or (_forced == AUTO and device.type == "cpu"):
+        return None
+    missing = _missing(device)
+    if missing is None and dtype not in TRITON_NEEDS.dtypes:
+        missing = f"their results cannot be {dtype}"
+    if missing is None:
+        return _launch_module()
+    if _forced == TRITON:
+        raise SnugError(f"Triton's kernels cannot be used: {missing}.")
+    return None
+
+
+@functools.cache
+def _launch_module() -> ModuleType:
+    from .gpu import launch
+
+    return launch
+
+
+def _attempt(key: tuple[object, ...], start: Callable[[], None]) -> bool:
+    """Whether `start` has started kernels. What has failed the first time is not tried again."""
+    if key in _works:
+        start()
+        return True
+    if key in _fails:
+        return False
+    try:
+        start()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if _forced == TRITON:
+            raise
+        _fails.add(key)
+        log.warning(
+            "Snug: a GPU kernel for %s could not be started, so torch does its work: the same result, more slowly "
+            "(%s: %s). Updating Triton and the GPU's driver may help.",
+            key[1],
+            type(error).__name__,
+            str(error).strip().partition("\n")[0],
+        )
+        return False
+    _works.add(key)
+    return True
+
+
+def _cannot(packed: PackedTensor) -> None:
+    if _forced == TRITON:
+        raise SnugError(
+            f"There is no kernel for a {packed.format.name} weight of shape {tuple(packed.shape)}."
+        )
+
+
+def decode_by_kernel(packed: PackedTensor, out: torch.Tensor) -> bool:
+    """Decode into `out` (contiguous, of packed's shape and on its device) where a kernel can; whether it did."""
+    launch = _kernels(out.device, out.dtype)
+    if launch is None:
+        return False
+    found = operands.flat_constants(packed.format, tuple(packed.shape))
+    tensors = None if found is None else operands.tensors(packed, found)
+    if found is None or tensors is None:
+        _cannot(packed)
+        return False
+    key = ("dequantize", packed.format.name, out.dtype, out.device)
+    return _attempt(key, lambda: launch.dequantize(found, tensors, out))
+
+
+def decode_changed_by_kernel(
+    packed: PackedTensor, up: torch.Tensor, down: torch.Tensor, out: torch.Tensor
+) -> bool:
+    """The same with up [rows, rank] @ down [rank, columns] added; up and down: on out's device, of one type."""
+    launch = _kernels(out.device, out.dtype)
+    if launch is None:
+        return False
+    found = operands.constants(packed.format, tuple(packed.shape))
+    tensors = None if found is None else operands.tensors(packed, found)
+    if found is None or tensors is None or up.shape[1] % 16 or up.dtype not in TRITON_NEEDS.dtypes:
+        _cannot(packed)
+        return False
+    up, down = up.contiguous(), down.contiguous()
+    key = ("dequantize with a LoRA", packed.format.name, out.dtype, up.dtype, out.device)
+    return _attempt(key, lambda: launch.dequantize_changed(found, tensors, up, down, out))
+
+
+def linear_by_kernel(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """x [..., in] @ weight.T + bias from the packed weight, for few rows of x; None where it does not pay or go."""
+    if _forced == TORCH or (_forced == AUTO and x.device.type == "cpu"):
+        return None
+    columns = x.shape[-1]
+    tokens = x.numel() // columns if columns else 0
+    if not 0 < tokens <= most_tokens(x.device, x.dtype):
+        return None
+    launch = _kernels(x.device, x.dtype)
+    if launch is None:
+        return None
+    found = operands.constants(packed.format, tuple(packed.shape))
+    tensors = None if found is None else operands.tensors(packed, found)
+    if found is None or tensors is None:
+        return None
+    rows = x.reshape(tokens, columns).contiguous()
+    output = torch.empty((tokens, found.rows), dtype=x.dtype, device=x.device)
+    added = None if bias is None else bias.contiguous()
+    key = ("linear", packed.format.name, x.dtype, x.device, tokens > launch.MOST_VECTORS)
+    if not _attempt(key, lambda: launch.linear(found, tensors, rows, added, output)):
+        return None
+    return output.view(*x.shape[:-1], found.rows)
+
+
+@functools.lru_cache(maxsize=256)
+def most_tokens(device: torch.device, dtype: torch.dtype) -> int:
+    """Rows of x up to which a packed weight is multiplied as it is."""
+    needs = TRITON_NEEDS
+    if dtype == torch.float32:  # matrix units would round it
+        return needs.other_tokens
+    if device.type == "cpu":  # the interpreter, for tests
+        return max(needs.most_tokens.values())
+    return needs.most_tokens.get(compute_capability(device), needs.other_tokens)
