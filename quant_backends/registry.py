@@ -10,7 +10,7 @@ from collections.abc import Iterable
 # Importing a backend registers it, in this order.
 from . import gguf, bitsandbytes, fp8, int8, quanto, torchao  # isort: skip
 from .core.backend import BACKENDS, Backend, FileKind, FormatFamily, Status
-from .readers.conventions import ALTERNATIVE, REFUSED
+from .readers.conventions import ALTERNATIVE, OWN, REFUSED
 from .readers.safetensors_file import PICKLE_HINT
 
 __all__ = [
@@ -40,8 +40,24 @@ def _together(endings: Iterable[str]) -> str:
     return " with ".join(f"`{ending}`" for ending in endings)
 
 
-# What no backend stands for: ComfyUI's own formats, and what is refused.
+# What no backend stands for: Snug's own, ComfyUI's own formats, and what is refused.
 OTHERS: tuple[FormatFamily, ...] = (
+    FormatFamily(
+        title="INT8 and FP8 that multiply in 8 bits (Snug)",
+        convention=OWN,
+        recognised_by="`snug_activations` in the metadata",
+        writers="Snug",
+        files=_SAFETENSORS,
+        examples=(
+            "product-int8-dynamic",
+            "product-int8-static",
+            "product-float8_e4m3fn-dynamic",
+            "product-float8_e4m3fn-static",
+        ),
+        bits=(8.0, 8.5),
+        label="INT8",
+        note="other programs read the weights of all but static INT8, which they refuse",
+    ),
     FormatFamily(
         title="ComfyUI's own (FP8, NVFP4, MXFP8, INT8 …)",
         convention="core",

@@ -20,7 +20,7 @@ from ...quant_backends.writers.gguf_file import MetadataValue
 AUTO, GGUF, SAFETENSORS = "auto", "GGUF", "safetensors"
 _CONVENTION = {f"{SAFETENSORS} ({name})": name for name in CONVENTIONS}
 CONTAINERS = (AUTO, GGUF, SAFETENSORS, *_CONVENTION)
-_CORE = "comfy_quant"
+_CORE, _OWN = "comfy_quant", "snug"
 # Which convention weights are written in that no library stands behind, by their backend.
 _PREFERRED = {"fp8": "scaled_fp8", "int8": _CORE}
 
@@ -108,8 +108,9 @@ def file_kind(content: Content, container: str) -> tuple[str, str]:
                 f"holds {convention.formats}: set format to '{AUTO}', or quantize to one of these first."
             )
         return ".safetensors", convention.name
-    # ComfyUI's own convention last: newer ComfyUI loads such files itself and calculates in another way.
-    others_first = sorted(CONVENTIONS, key=lambda name: name == _CORE)
+    # ComfyUI's own convention late: newer ComfyUI loads such files itself and calculates in another way. What nobody
+    # else reads is the last choice.
+    others_first = sorted(CONVENTIONS, key=lambda name: (name == _OWN, name == _CORE))
     for name in (_PREFERRED.get(content.backend, content.backend), *others_first):
         if name in CONVENTIONS and all(map(CONVENTIONS[name].holds, formats)):
             return ".safetensors", name

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...quant_backends.formats.eight_bit_products import EightBitProducts
 from ...quant_backends.kernels.dequantize import dequantize_packed
+from ...quant_backends.kernels.eight_bit import PRODUCTS
 from ...quant_backends.kernels.linear import CPU_TILE
 from .layout import is_packed, packed_tensor
 from .operations import PackedLinear
@@ -115,7 +115,7 @@ def _decodes(layer: PackedLinear) -> bool:
     """Whether the layer decodes its weight for each call; LoRA beside the weight, or kept merged, and products in 8
     bits are other ways."""
     patches = layer.weight_patches
-    if not is_packed(layer.weight) or isinstance(packed_tensor(layer.weight).format, EightBitProducts):
+    if not is_packed(layer.weight) or isinstance(packed_tensor(layer.weight).format, PRODUCTS):
         return False
     return patches is None or (patches.branch is None and patches.kept is None)
 

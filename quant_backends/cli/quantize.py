@@ -14,9 +14,9 @@ from ..core.errors import SnugError
 from ..core.packed import PackedTensor
 from ..formats.scaled_base import FLOATS
 from ..memory.plan import size_text
-from ..quantization import LayerInfo, Recipe, find_target, make_recipe, targets
+from ..quantization import LayerInfo, Recipe, find_target, make_recipe, product_targets, targets
 from ..quantization.automatic import automatic_mix
-from ..quantization.calibration import load_calibration
+from ..quantization.calibration import LayerStatistics, load_calibration
 from ..writers.plan import plan_tensors
 from .console import note, progress
 from .opening import OpenModel, Weight, check_target, decoded, open_model, spilled
@@ -43,7 +43,10 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
             "OUT is a .gguf file for GGUF targets and a .safetensors file for all others; it appears under its name "
             "only when it is complete."
         ),
-        epilog="targets: " + ", ".join(name for name, target in targets().items() if not target.unavailable),
+        epilog="targets: "
+        + ", ".join(
+            name for name, target in {**targets(), **product_targets()}.items() if not target.unavailable
+        ),
     )
     parser.add_argument("input", metavar="IN", help="a .gguf or .safetensors file, or a folder of diffusers")
     parser.add_argument("output", metavar="OUT", help="the file to write")
@@ -58,7 +61,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "stands for the delicate layers of the model's architecture (default: %(default)s)",
     )
     parser.add_argument(
-        "--calibration", metavar="FILE", help="what Calibrate (Snug) has saved: which input channels matter"
+        "--calibration",
+        metavar="FILE",
+        help="what Calibrate (Snug) has saved: which input channels matter; static targets need it",
     )
     parser.add_argument(
         "--fit",
@@ -89,13 +94,15 @@ def run(options: argparse.Namespace) -> int:
     check_container(target, find_target(options.to))
     encoder = check_encoder(target, model, options.input, options.tokenizer)
     layers = model.layers(gguf=container(target) == GGUF)
+    statistics = _statistics(model, layers, options.calibration)
     recipe = make_recipe(
         options.to,
         layers,
         list(model.tensors),
         skip=options.skip,
         is_text_encoder=model.is_text_encoder,
-        importance=_importance(model, layers, options.calibration),
+        importance={name: found.mean_square for name, found in statistics.items()},
+        statistics=statistics,
     )
     _refuse_quantized(model, recipe, layers, options)
     if options.fit:
@@ -177,17 +184,17 @@ def _fitted(
     return replace(recipe, overrides=mix.overrides)
 
 
-def _importance(model: OpenModel, layers: list[LayerInfo], path: str | None) -> dict[str, torch.Tensor]:
+def _statistics(model: OpenModel, layers: list[LayerInfo], path: str | None) -> dict[str, LayerStatistics]:
     """What a calibration file says of the layers that have the shape of the model's."""
     if not path:
         return {}
-    found = load_calibration(Path(path)).importance
+    found = load_calibration(Path(path)).layers
     known = {layer.name: layer for layer in layers}
     if not known.keys() & found.keys():
         raise SnugError(f"{path} has none of this model's layers; it was recorded with another model.")
     return {
-        name: importance
-        for name, importance in found.items()
+        name: statistics
+        for name, statistics in found.items()
         if name in known and known[name].shape == tuple(model.tensors[f"{name}.weight"].shape)
     }
 

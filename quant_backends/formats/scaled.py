@@ -8,6 +8,7 @@ from ..core.errors import SnugError
 from .base import FORMATS, Format
 from .bitsandbytes_4bit import BitsAndBytes4Bit
 from .eight_bit_products import EightBitProducts
+from .outlier_products import OutlierProducts
 from .quanto_groups import QuantoGroups
 from .rotated_rows import RotatedRows
 from .scaled_base import ScaledFormat
@@ -16,6 +17,7 @@ from .scaled_elements import ScaledElements
 __all__ = [
     "BitsAndBytes4Bit",
     "EightBitProducts",
+    "OutlierProducts",
     "QuantoGroups",
     "RotatedRows",
     "ScaledElements",
@@ -28,7 +30,8 @@ __all__ = [
 @lru_cache(maxsize=256)
 def scaled_format(name: str) -> ScaledFormat:
     """The format called `name`; SnugError when there is none."""
-    for kind in (BitsAndBytes4Bit, ScaledElements, QuantoGroups, RotatedRows, EightBitProducts):
+    kinds = (BitsAndBytes4Bit, ScaledElements, QuantoGroups, RotatedRows, EightBitProducts, OutlierProducts)
+    for kind in kinds:
         found = kind.parse(name)
         if found is not None:
             return found

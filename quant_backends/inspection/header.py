@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..core.errors import FileFormatError, SnugError
-from ..readers.conventions import recognise
+from ..readers.activation_keys import has_activations
+from ..readers.conventions import OWN, recognise
 from ..readers.core_quant import has_core_formats
 from ..readers.diffusers_layout import component_folder, read_config, weights_file
 from ..readers.diffusers_names import to_original_names
@@ -118,7 +119,8 @@ def _of_gguf(file: GGUFFile) -> FileContents:
 
 def _of_safetensors(file: SafetensorsFile, container: str) -> FileContents:
     # Not `recognise` for ComfyUI's formats: it reads the descriptions beside the weights.
-    convention = "core" if has_core_formats(file) else recognise(file).name
+    core = OWN if has_activations(file) else "core"
+    convention = core if has_core_formats(file) else recognise(file).name
     stored = {weight.name: weight for weight in stored_weights(file)}
     kind = _kind(stored.keys(), file.metadata)
     names = _model_names(kind, stored)

@@ -8,10 +8,13 @@ left open.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
+from ..readers.activation_keys import OWN_PART, activations, format_with, has_activations
 from ..readers.bitsandbytes_keys import QUANT_STATES
-from ..readers.core_quant import DESCRIPTION, METADATA
+from ..readers.core_quant import DESCRIPTION, METADATA, rotated_group
 from ..readers.fp8_keys import MARKER
 from ..readers.quanto_keys import DATA, PACKED
 from ..readers.safetensors_file import SafetensorsFile, StoredTensor, strict_json
@@ -40,6 +43,7 @@ _BESIDE_LAYER = (
     ".input_scale",
     ".output_scale",
     ".activation_scale",
+    *(OWN_PART + part for part in ("scale", "factor", "step", "shift", "offset")),
     DESCRIPTION,
 )
 _TORCHAO = ("qdata", "scale", "zero_point", "act_quant_scale", "act_quant_zero_point")
@@ -68,9 +72,30 @@ def stored_weights(file: SafetensorsFile) -> list[StoredWeight]:
         if name != MARKER and not name.endswith("." + MARKER):
             owner, role = _owner(name, file.tensors)
             groups.setdefault(owner, {})[role] = info
-    formats = _core_formats(file)
+    described, own = _core_layers(file), has_activations(file)
+    formats = {} if own else {name: str(layer["format"]) for name, layer in described.items()}
     biases = {name: info.shape for name, info in file.tensors.items() if name.endswith("bias")}
-    return [_weight(name, parts, biases, formats) for name, parts in groups.items()]
+    found = (_weight(name, parts, biases, formats) for name, parts in groups.items())
+    return [*_with_own_names(file, found, groups, described)] if own else [*found]
+
+
+def _with_own_names(
+    file: SafetensorsFile,
+    weights: Iterable[StoredWeight],
+    groups: Mapping[str, Parts],
+    described: Mapping[str, Mapping[str, Any]],
+) -> Iterator[StoredWeight]:
+    """The same weights; the formats are those that the file's descriptions of layers make them."""
+    kinds = activations(file)
+    for weight in weights:
+        layer, codes = weight.name.removesuffix(".weight"), groups[weight.name].get(CODES)
+        name = weight.format
+        if layer in kinds and codes is not None:
+            fmt = format_with(str(codes.dtype).removeprefix("torch."), kinds[layer])
+            name = name if fmt is None else fmt.name
+        elif layer in described and (size := rotated_group(file, weight.name, described[layer])):
+            name = f"int8-rows-rotated-{size}"
+        yield weight if name == weight.format else replace(weight, format=name)
 
 
 def _owner(name: str, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:
@@ -133,7 +158,14 @@ def _form(
         bits = 2 if groups and 4 * codes.shape[0] < 2 * groups else 4
         weights = groups * codes.shape[-1]
         return f"quanto-int{bits}-{codes.shape[-1]}", _by_bias(name, weights, biases), weights
-    for role in ("._scale", "scale", ".scale_weight", ".weight_scale", ".weight_scale_inv"):
+    for role in (
+        "._scale",
+        "scale",
+        ".scale_weight",
+        ".weight_scale",
+        ".weight_scale_inv",
+        f"{OWN_PART}scale",
+    ):
         if role in parts and (codes.dtype.itemsize == 1):
             zero = "-zero" if "zero_point" in parts else ""
             return f"{stored}-{_scaled_by(codes.shape, parts[role].shape)}{zero}", codes.shape, count
@@ -168,8 +200,8 @@ def _by_bias(name: str, weights: int, biases: Mapping[str, tuple[int, ...]]) -> 
     return (rows, weights // rows) if rows and weights % rows == 0 else None
 
 
-def _core_formats(file: SafetensorsFile) -> dict[str, str]:
-    """Layer to ComfyUI's name of its format, where the metadata lists them."""
+def _core_layers(file: SafetensorsFile) -> dict[str, Mapping[str, Any]]:
+    """Layer to ComfyUI's description of it, which names a format, where the metadata lists them."""
     if METADATA not in file.metadata:
         return {}
     try:
@@ -179,5 +211,8 @@ def _core_formats(file: SafetensorsFile) -> dict[str, str]:
     layers = found.get("layers") if isinstance(found, dict) else None
     if not isinstance(layers, dict):
         file.fail(f"{METADATA} does not list layers")
-    entries = {name: entry.get("format") for name, entry in layers.items() if isinstance(entry, dict)}
-    return {name: format for name, format in entries.items() if isinstance(format, str)}
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, dict) and isinstance(layer.get("format"), str)
+    }

@@ -13,6 +13,8 @@ from ..core.packed import PackedTensor
 from ..formats import Scratch
 from ..formats.eight_bit_products import EightBitProducts
 from ..formats.float8 import to_float32
+from ..formats.outlier_products import OutlierProducts
+from .outliers import Outliers
 
 # Below this many rows (tokens of all images of a batch) reading the weight is all that takes time, and torch._int_mm
 # wants more than 16 on a GPU. Modulation and the like have one row an image, and suffer most from rounding.
@@ -24,49 +26,54 @@ _TILE = 1 << 21
 # Results calculated at a time: 64 MiB of sums, and as much again of float32.
 _RESULTS = 1 << 24
 _TINY = torch.finfo(torch.float32).tiny
+# Formats whose layers round their input as well.
+PRODUCTS = (EightBitProducts, OutlierProducts)
 # What torch has for it, under names of its own.
 _int_mm, _scaled_mm = torch.ops.aten._int_mm.default, torch.ops.aten._scaled_mm.default
 
 
 def rounds_input(weight: PackedTensor, x: torch.Tensor) -> bool:
     """Whether a layer with this weight is to be multiplied in 8 bits for input x [..., in]."""
-    return isinstance(weight.format, EightBitProducts) and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
+    return isinstance(weight.format, PRODUCTS) and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
 
 
 def eight_bit_linear(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., in] times a weight in EightBitProducts [out, in], plus bias [out]; result [..., out] in x's dtype.
+    """x [..., in] times a weight [out, in] that `rounds_input`, plus bias [out]; result [..., out] in x's dtype.
 
-    On one device; not differentiable. The formula is in `formats.eight_bit_products`. Everything but the matmul is
-    calculated in float32 and the result is rounded once.
+    On one device; not differentiable. The formula is that of the weight's format. Everything but the matmul is
+    calculated in float32 and the result is rounded once; columns with outliers are multiplied in x's dtype.
     """
-    fmt = weight.format
-    assert isinstance(fmt, EightBitProducts)
     inputs = x.reshape(-1, x.shape[-1])
+    outliers = Outliers(inputs, weight) if isinstance(weight.format, OutlierProducts) else None
     out_features = weight.shape[0]
     output = x.new_empty(len(inputs), out_features)
     step = max(FEWEST_ROWS, _RESULTS // max(1, out_features))
     for rows, results in zip(inputs.split(step), output.split(step), strict=True):
-        codes, by_row = _rounded_input(rows, weight, fmt)
+        codes, by_row = _rounded_input(rows, weight) if outliers is None else outliers.rounded(rows)
         sums = codes_product(codes, weight.data.view(weight.shape))
-        values = sums * weight.parts["scale"]
+        values = sums * weight.parts["scale"].view(-1)
         values.mul_(weight.parts["step"] if by_row is None else by_row)
         if "offset" in weight.parts:
             values.add_(weight.parts["offset"])
+        if outliers is not None:
+            values.add_(outliers.product(rows))
         if bias is not None:
             values.add_(bias)
         results.copy_(values)
     return output.view(*x.shape[:-1], out_features)
 
 
-def _rounded_input(
-    rows: torch.Tensor, weight: PackedTensor, fmt: EightBitProducts
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _rounded_input(rows: torch.Tensor, weight: PackedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(codes of rows [m, in], their scales float32 [m, 1]; None where all have one that is known)."""
+    fmt = weight.format
+    assert isinstance(fmt, EightBitProducts)
     values = rows.to(torch.float32, copy=True)
     if "factor" in weight.parts:
         values.mul_(weight.parts["factor"])
-    if fmt.activations == "static":
+    if "shift" in weight.parts:
         return fmt.rounded(values.add_(weight.parts["shift"])), None
+    if "step" in weight.parts:
+        return fmt.rounded(values.div_(weight.parts["step"])), None
     magnitude = torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_())
     scale = magnitude.div_(fmt.largest).clamp_(min=_TINY)
     return fmt.rounded(values.div_(scale)), scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core.packed import PackedTensor
+from ..formats.eight_bit_products import EightBitProducts, shift_offset
 from ..formats.scaled_elements import ScaledElements
 from .dequantize import quantize, quantize_packed
 
@@ -14,7 +15,7 @@ def can_requantize(packed: PackedTensor) -> bool:
     fmt = packed.format
     if isinstance(fmt, ScaledElements) and fmt.block[1] and packed.shape[-1] % fmt.block[1]:
         return False  # the last group of a row is cut, which is only read
-    return fmt.can_quantize
+    return fmt.can_quantize or isinstance(fmt, EightBitProducts)
 
 
 def requantize(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
@@ -28,6 +29,8 @@ def requantize(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
         # Blocks may cross rows, as in convolutions of SD1.5.
         data = quantize(values.reshape(-1, fmt.block_size), fmt).view(-1)
         return PackedTensor(data, fmt, tuple(values.shape))
+    if isinstance(fmt, EightBitProducts):
+        return _products(values, like, fmt)
     if _is_int8_rows(fmt):
         return _int8_rows(values, like)
     scale = like.parts.get("scale")
@@ -38,6 +41,18 @@ def requantize(values: torch.Tensor, like: PackedTensor) -> PackedTensor:
     new_scale.clamp_(min=torch.finfo(scale.dtype).tiny)  # zeros need any scale but zero
     scaled = quantize_packed(values / new_scale.float(), fmt)
     return PackedTensor(scaled.data, fmt, scaled.shape, {"scale": new_scale})
+
+
+def _products(values: torch.Tensor, like: PackedTensor, fmt: EightBitProducts) -> PackedTensor:
+    """The input is rounded as before: its factors, step and shift stay."""
+    parts = {name: part for name, part in like.parts.items() if name != "offset"}
+    if "factor" in parts:
+        values = values / (parts["factor"] * parts.get("step", 1))
+    new = quantize_packed(values, EightBitProducts(fmt.stored))
+    parts |= new.parts
+    if "offset" in like.parts:
+        parts["offset"] = shift_offset(new.data.view(new.shape), parts)
+    return PackedTensor(new.data, fmt, new.shape, parts)
 
 
 def _is_int8_rows(fmt: object) -> bool:

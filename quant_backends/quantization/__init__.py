@@ -6,7 +6,7 @@ from .layers import LayerInfo
 from .module import ModuleReport, load_packed, packed_state_dict, quantize_module
 from .recipe import Recipe, make_recipe
 from .target import Target
-from .targets import find_target, targets
+from .targets import find_target, product_targets, targets
 
 __all__ = [
     "LayerInfo",
@@ -17,6 +17,7 @@ __all__ = [
     "load_packed",
     "make_recipe",
     "packed_state_dict",
+    "product_targets",
     "quantize_module",
     "targets",
 ]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from ..core.packed import PackedTensor
-from ..formats.eight_bit_products import EightBitProducts
+from ..formats.eight_bit_products import EightBitProducts, shift_offset
 from ..kernels.dequantize import quantize_packed
 from ..kernels.eight_bit import eight_bit_linear
 from .calibration import LayerStatistics
@@ -20,15 +20,9 @@ LARGEST_OUTLIER = 100
 # wider steps.
 MARGIN = 1.3
 # A layer gets a static scale as long as its error is at most this many times that of the plain dynamic one: for the
-# prompts that were recorded, which flatter it.
-ALLOWED = 1.0
+# prompts that were recorded, which flatter it. Errors of float8 hardly depend on the scale.
+ALLOWED = {"int8": 1.0, "float8_e4m3fn": 1.05}
 _TINY = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    packed: PackedTensor
-    error: float
 
 
 def encode_calibrated(
@@ -36,34 +30,40 @@ def encode_calibrated(
 ) -> PackedTensor:
     """weight [out, in] (float, any device) with the scale of its input chosen beforehand, on weight's device.
 
-    fmt: a static format. Outlier channels of the input are made smaller, and their weights larger, as far as this
-    lowers the error of the layer's output for the recorded rows. Where one scale for all rows is worse than a
-    scale for each row even so, the result is in the dynamic format with a factor instead.
+    fmt: a static format. For int8, outlier channels of the input are made smaller, and their weights larger, as far as
+    this lowers the error of the layer's output for the recorded rows. Where one scale for all rows is worse than a
+    scale for each row even so, the result is in a dynamic format, for int8 with a factor, instead.
     """
     values = weight.to(torch.float32)
     statistics = _moved(statistics, weight.device)
-    factors = [_factor(statistics, strength) for strength in STRENGTHS]
-    if statistics.sample is None:
-        return _static(values, fmt, factors[2], statistics)
+    plain = quantize_packed(values, EightBitProducts(fmt.stored))
+    if fmt.stored == "int8":
+        factors = [_factor(statistics, strength) for strength in STRENGTHS]
+        if statistics.sample is None:
+            return _shifted(values, fmt, factors[2], statistics)
+        static = [_shifted(values, fmt, factor, statistics) for factor in factors]
+        dynamic = [_smooth(values, fmt, factor) for factor in factors]
+    else:
+        static, dynamic = [_with_step(plain, fmt, statistics)], [plain]
+        if statistics.sample is None:
+            return static[0]
     x = statistics.sample.to(torch.float32)
     exact = x @ values.t()
-    plain = _tried(x, exact, quantize_packed(values, EightBitProducts(fmt.stored)))
-    static = min(
-        (_tried(x, exact, _static(values, fmt, factor, statistics)) for factor in factors), key=_error
-    )
-    if static.error <= ALLOWED * plain.error:
-        return static.packed
-    smooth = (_tried(x, exact, _smooth(values, fmt, factor)) for factor in factors)
-    return min(smooth, key=_error).packed
+    best, error = _best(x, exact, static)
+    allowed = ALLOWED[fmt.stored] * _error(x, exact, plain)
+    return best if error <= allowed else _best(x, exact, dynamic)[0]
 
 
-def _error(candidate: _Candidate) -> float:
-    return candidate.error
+def _best(
+    x: torch.Tensor, exact: torch.Tensor, candidates: Sequence[PackedTensor]
+) -> tuple[PackedTensor, float]:
+    errors = [_error(x, exact, packed) for packed in candidates]
+    least = min(errors)
+    return candidates[errors.index(least)], least
 
 
-def _tried(x: torch.Tensor, exact: torch.Tensor, packed: PackedTensor) -> _Candidate:
-    error = torch.linalg.vector_norm(eight_bit_linear(x, packed) - exact).item()
-    return _Candidate(packed, error)
+def _error(x: torch.Tensor, exact: torch.Tensor, packed: PackedTensor) -> float:
+    return torch.linalg.vector_norm(eight_bit_linear(x, packed) - exact).item()
 
 
 def _factor(statistics: LayerStatistics, strength: float) -> torch.Tensor:
@@ -79,30 +79,25 @@ def _smooth(values: torch.Tensor, fmt: EightBitProducts, factor: torch.Tensor) -
     return PackedTensor(plain.data, EightBitProducts(fmt.stored, "smooth"), plain.shape, parts)
 
 
-def _static(
+def _shifted(
     values: torch.Tensor, fmt: EightBitProducts, factor: torch.Tensor, statistics: LayerStatistics
 ) -> PackedTensor:
     plain = quantize_packed(values / factor, EightBitProducts(fmt.stored))
     # No channel exceeds its own magnitude, nor the range of all.
     low = (torch.maximum(-statistics.absmax, statistics.range[0]) * factor).amin()
     high = (torch.minimum(statistics.absmax, statistics.range[1]) * factor).amax()
-    if fmt.stored == "int8":
-        middle, half = (high + low) / 2, (high - low) / 2 * MARGIN
-    else:  # the steps of a float are finest around zero
-        middle, half = torch.zeros_like(high), torch.maximum(high, -low) * MARGIN
+    middle, half = (high + low) / 2, (high - low) / 2 * MARGIN
     half = torch.maximum(half, middle.abs() * 1e-2)  # inputs that are all the same
     step = (half / fmt.largest).clamp_min(_TINY).view(1)
-    shift = (-middle / step).view(1)
-    scale = plain.parts["scale"]
-    sums = plain.data.view(plain.shape).sum(1, dtype=torch.float32) if fmt.stored == "int8" else scale * 0
-    parts = {
-        "scale": scale,
-        "factor": factor / step,
-        "step": step,
-        "shift": shift,
-        "offset": -shift * step * scale * sums,
-    }
+    parts = {**plain.parts, "factor": factor / step, "step": step, "shift": (-middle / step).view(1)}
+    parts["offset"] = shift_offset(plain.data.view(plain.shape), parts)
     return PackedTensor(plain.data, fmt, plain.shape, parts)
+
+
+def _with_step(plain: PackedTensor, fmt: EightBitProducts, statistics: LayerStatistics) -> PackedTensor:
+    """float8, whose steps are finest around zero: nothing is shifted."""
+    step = (statistics.absmax.amax() * MARGIN / fmt.largest).clamp_min(_TINY).view(1)
+    return PackedTensor(plain.data, fmt, plain.shape, {**plain.parts, "step": step})
 
 
 def _moved(statistics: LayerStatistics, device: torch.device) -> LayerStatistics:

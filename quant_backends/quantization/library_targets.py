@@ -79,8 +79,8 @@ _BITSANDBYTES_INT8 = Target(
     "bitsandbytes",
     _matrices(lambda columns: scaled_format("int8-rows-scb")),
     8.0,
-    note="bitsandbytes' outlier threshold is about inputs while a model runs: it changes nothing in the file, and Snug "
-    "does not round inputs.",
+    note="bitsandbytes' outlier threshold is about inputs while a model runs, which are not rounded with this target; "
+    "bitsandbytes LLM.int8 does that.",
 )
 
 
@@ -184,14 +184,14 @@ _TORCHAO = (
             (
                 "torchao int8 dynamic",
                 8.0,
-                "torchao's dynamic int8 also rounds the inputs of layers while a model runs, which Snug does not do; "
-                "choose torchao int8, which stores the same weights.",
+                "torchao's dynamic int8 also rounds the inputs of layers while a model runs; choose INT8 dynamic, "
+                "which does the same, or torchao int8, which stores the same weights.",
             ),
             (
                 "torchao float8 dynamic",
                 8.0,
-                "torchao's dynamic float8 also rounds the inputs of layers while a model runs, which Snug does not do; "
-                "choose torchao float8, which stores the same weights.",
+                "torchao's dynamic float8 also rounds the inputs of layers while a model runs; choose FP8 dynamic, "
+                "which does the same, or torchao float8, which stores the same weights.",
             ),
         )
     ),

@@ -16,7 +16,7 @@ from ..writers.mixes import block_numbers
 from .calibration import LayerStatistics
 from .layers import LayerInfo
 from .target import AnyFormat, Target
-from .targets import find_target, product_targets
+from .targets import find_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def make_recipe(
     names = [layer.name for layer in layers]
     known = [f"{name}.weight" for name in names] if parameters is None else parameters
     if isinstance(target, str):
-        target = product_targets().get(target) or find_target(target)
+        target = find_target(target)
     if target.calibrated is not None and not statistics:
         raise SnugError(
             f"{target.name} needs a calibration, as it chooses the scales of activations beforehand: record one with "

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from ..core.errors import SnugError
 from .gguf_targets import GGUF
 from .library_targets import LIBRARIES, SIZED
-from .product_targets import PRODUCTS
+from .product_targets import PRODUCTS, threshold_target
 from .target import Target
 
 _TARGETS: Mapping[str, Target] = {target.name: target for target in (*GGUF, *LIBRARIES)}
-# What layers calculate with rather than what a file holds.
+# Those that change how layers calculate.
 _PRODUCTS: Mapping[str, Target] = {target.name: target for target in PRODUCTS}
 
 
@@ -21,7 +21,7 @@ def targets() -> Mapping[str, Target]:
 
 
 def product_targets() -> Mapping[str, Target]:
-    """Those that make layers multiply in 8 bits, which no file is written in; by name, in the order of menus."""
+    """Those that make layers multiply in 8 bits; by name, in the order of menus. Some need a calibration."""
     return dict(_PRODUCTS)
 
 
@@ -35,9 +35,10 @@ def find_target(name: str, size: int | None = None) -> Target:
         found = family.size_in(name)
         if found is not None:
             return family.target(size or found)
-    target = _TARGETS.get(name)
+    target = _TARGETS.get(name) or _PRODUCTS.get(name) or threshold_target(name)
     if target is None:
-        known = ", ".join(target.name for target in _TARGETS.values() if not target.unavailable)
+        every = (*_TARGETS.values(), *_PRODUCTS.values())
+        known = ", ".join(target.name for target in every if not target.unavailable)
         raise SnugError(f"There is no quantization called {name!r}; choose one of {known}.")
     if target.unavailable:
         raise SnugError(target.unavailable)

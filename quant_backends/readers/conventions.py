@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from ..core.packed import PackedTensor
-from . import bitsandbytes_keys, fp8_keys, quanto_keys, torchao_keys
+from . import activation_keys, bitsandbytes_keys, fp8_keys, quanto_keys, torchao_keys
 from .core_quant import LOADABLE, core_formats, has_core_formats, load_core_int8
 from .key_groups import KeyGroups
 from .mapped_file import writable
 from .safetensors_file import SafetensorsFile
 
 Loader = Callable[[KeyGroups], None]
+OWN = "snug"
 
 # Name, whether a file has it, what loads it. A file may have several; bitsandbytes comes first because its keys
 # are the most particular.
@@ -44,7 +45,8 @@ ALTERNATIVE = "load a GGUF, NF4 or FP8 version of the model"
 @dataclass(frozen=True, slots=True)
 class Convention:
     """name: of one convention or several joined by "+", "plain" when nothing is quantized, "core" when ComfyUI
-    itself defines it (`comfy_quant`, `_quantization_metadata`).
+    itself defines it (`comfy_quant`, `_quantization_metadata`), "snug" when such a file says of its layers what only
+    Snug knows.
     loaders: what puts the weights together; a "core" file without any can be loaded by ComfyUI alone.
     core_formats: what ComfyUI calls the formats of a "core" file.
     """
@@ -79,7 +81,11 @@ def recognise(file: SafetensorsFile) -> Convention:
     """The convention of a file by its header; FileFormatError for one that Snug refuses."""
     if has_core_formats(file):
         formats = core_formats(file)
-        loaders = (load_core_int8, fp8_keys.load_scaled_fp8) if formats <= LOADABLE else ()
+        loaders: tuple[Loader, ...] = (
+            (load_core_int8, fp8_keys.load_scaled_fp8) if formats <= LOADABLE else ()
+        )
+        if loaders and activation_keys.has_activations(file):
+            return Convention(OWN, (*loaders, activation_keys.load_activations))
         return Convention("core", loaders, formats)
     for endings, kind, reason in REFUSED:
         if all(any(name.endswith(ending) for name in file.tensors) for ending in endings):
@@ -87,7 +93,10 @@ def recognise(file: SafetensorsFile) -> Convention:
     found = [(name, loader) for name, has, loader in KNOWN if has(file)]
     if not found:
         return Convention("plain")
-    return Convention("+".join(name for name, _ in found), tuple(loader for _, loader in found))
+    name, of_file = "+".join(name for name, _ in found), [loader for _, loader in found]
+    if activation_keys.has_activations(file):
+        of_file.append(activation_keys.load_activations)
+    return Convention(name, tuple(of_file))
 
 
 def open_quantized_safetensors(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .activation_keys import FORMAT as OWN_INT8
 from .gguf_values import shown
 from .key_groups import MAX_JSON_BYTES, KeyGroups
 from .safetensors_file import SafetensorsFile, are_counts, strict_json
@@ -21,8 +22,8 @@ DESCRIPTION = ".comfy_quant"
 # One line of JSON for each layer; the largest models have some thousands.
 MAX_METADATA_BYTES = 1 << 24
 INT8 = "int8_tensorwise"
-# int8 or float8 weights with a scale beside them, which Snug can load as well.
-LOADABLE = frozenset({"float8_e4m3fn", "float8_e5m2", INT8})
+# int8 or float8 weights with a scale beside them, which Snug can load as well, and its own.
+LOADABLE = frozenset({"float8_e4m3fn", "float8_e5m2", INT8, OWN_INT8})
 SCALE = ".weight_scale"
 
 
@@ -57,13 +58,13 @@ def load_core_int8(groups: KeyGroups) -> None:
         if weight.dtype != torch.int8 or not weight.dim():
             groups.file.fail(f"the weight {shown(name)} is {weight.dtype}, expected int8")
         kind = "tensor" if scale.numel() == 1 else "rows"
-        group = _rotated_group(groups.file, name, description)
+        group = rotated_group(groups.file, name, description)
         if group:
             kind = f"rows-rotated-{group}"
         groups.pack(name, weight, f"int8-{kind}", tuple(weight.shape), {"scale": scale})
 
 
-def _rotated_group(file: SafetensorsFile, name: str, description: Mapping[str, Any]) -> int:
+def rotated_group(file: SafetensorsFile, name: str, description: Mapping[str, Any]) -> int:
     """How many channels were rotated together; 0: none."""
     nested = description.get("params")
     options = {**(nested if isinstance(nested, dict) else {}), **description}

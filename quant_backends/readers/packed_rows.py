@@ -14,7 +14,14 @@ import torch
 
 from ..core.host_memory import empty
 from ..core.packed import PackedTensor
-from ..formats.scaled import BitsAndBytes4Bit, QuantoGroups, ScaledElements, ScaledFormat
+from ..formats.scaled import (
+    BitsAndBytes4Bit,
+    EightBitProducts,
+    OutlierProducts,
+    QuantoGroups,
+    ScaledElements,
+    ScaledFormat,
+)
 from ..formats.scaled_base import rows_and_columns
 
 Shape = tuple[int, ...]
@@ -182,6 +189,25 @@ def _cut_groups(packed: PackedTensor, start: int, stop: int, shape: Shape) -> Pa
     return PackedTensor(_packed_groups(_group_codes([packed])[begin:end], fmt.bits), fmt, shape, numbers)
 
 
+def _join_products(parts: Sequence[PackedTensor], shape: Shape) -> PackedTensor | None:
+    """Layers of which nothing but rows is scaled: what else there is may differ from one to the other."""
+    fmt = parts[0].format
+    by_row = isinstance(fmt, OutlierProducts) or fmt == EightBitProducts("int8")
+    if not by_row or any(part.format != fmt for part in parts):
+        return None
+    scale = cat_rows([part.parts["scale"].view(-1) for part in parts])
+    data = cat_rows([part.data.view(part.shape) for part in parts])
+    return PackedTensor(data, fmt, shape, {"scale": scale})
+
+
+def _cut_products(packed: PackedTensor, start: int, stop: int, shape: Shape) -> PackedTensor:
+    parts = {
+        name: part.view(-1)[start:stop] if name in ("scale", "offset") and part.numel() > 1 else part
+        for name, part in packed.parts.items()
+    }
+    return PackedTensor(packed.data.view(packed.shape)[start:stop], packed.format, shape, parts)
+
+
 def _group_codes(parts: Sequence[PackedTensor]) -> torch.Tensor:
     """uint8 [groups of all parts, group size], one code each."""
     fmt = _options(parts[0], QuantoGroups)
@@ -212,9 +238,13 @@ _JOIN: dict[type, Callable[[Sequence[PackedTensor], Shape], PackedTensor | None]
     ScaledElements: _join_elements,
     BitsAndBytes4Bit: _join_4bit,
     QuantoGroups: _join_groups,
+    EightBitProducts: _join_products,
+    OutlierProducts: _join_products,
 }
 _CUT: dict[type, Callable[[PackedTensor, int, int, Shape], PackedTensor | None]] = {
     ScaledElements: _cut_elements,
     BitsAndBytes4Bit: _cut_4bit,
     QuantoGroups: _cut_groups,
+    EightBitProducts: _cut_products,
+    OutlierProducts: _cut_products,
 }

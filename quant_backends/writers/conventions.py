@@ -5,30 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from ..core.errors import SnugError
 from ..core.packed import PackedTensor
-from ..formats import Format
-from ..formats.eight_bit_products import EightBitProducts
-from ..formats.scaled import BitsAndBytes4Bit, QuantoGroups, RotatedRows, ScaledElements, ScaledFormat
+from ..formats.outlier_products import OutlierProducts
+from ..formats.scaled import BitsAndBytes4Bit, QuantoGroups, ScaledElements
+from .core_tensors import core_scale, describe_activations, describe_core, holds_core, holds_own, store_core
+from .stored import FLOAT8, WHOLE, AnyFormat, Stored, Tensors, is_elements, layer_of
 from .torchao_tensors import describe_torchao, holds_torchao, store_torchao
-
-Tensors: TypeAlias = "dict[str, torch.Tensor]"
-AnyFormat: TypeAlias = "type[Format] | ScaledFormat"
-
-
-class Stored:
-    """What is left to know of a weight when its data is written: its format, shape and dtype, and whether zero points
-    are all zero."""
-
-    def __init__(self, packed: PackedTensor, dtype: torch.dtype) -> None:
-        self.format, self.shape, self.dtype = packed.format, tuple(packed.shape), dtype
-        self.scale_dtype = packed.parts["scale"].dtype if "scale" in packed.parts else dtype
-        zero = packed.parts.get("zero")
-        self.is_symmetric = zero is None or not bool(zero.any())
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,33 +35,18 @@ class SafetensorsConvention:
     metadata: Callable[[Mapping[str, Stored], list[str]], dict[str, str]] = lambda weights, plain: {}
 
 
-def layer_of(name: str) -> str:
-    """What "….weight" is the weight of; SnugError for other names, where nothing can stand beside the weight."""
-    if not name.endswith(".weight"):
-        raise SnugError(f"{name} is quantized, but only weights whose names end in .weight can be stored so.")
-    return name.removesuffix(".weight")
-
-
 def json_tensor(content: Mapping[str, Any]) -> torch.Tensor:
     """JSON as uint8, as bitsandbytes and ComfyUI put it into files."""
     return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
-
-
-def _elements(fmt: AnyFormat, stored: tuple[str, ...], blocks: tuple[tuple[int, int], ...]) -> bool:
-    if not isinstance(fmt, ScaledElements) or fmt.zero or fmt.scb:
-        return False
-    return fmt.stored in stored and fmt.block in blocks
-
-
-_WHOLE = ((0, 0), (1, 0))
-_FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 # bitsandbytes.functional.QuantState.as_dict(packed=True), Linear8bitLt.
 
 
 def _holds_bitsandbytes(fmt: AnyFormat) -> bool:
-    return isinstance(fmt, BitsAndBytes4Bit) or (isinstance(fmt, ScaledElements) and fmt.scb)
+    if isinstance(fmt, BitsAndBytes4Bit | OutlierProducts):
+        return True
+    return isinstance(fmt, ScaledElements) and fmt.scb
 
 
 def _store_bitsandbytes(name: str, packed: PackedTensor, dtype: torch.dtype) -> Tensors:
@@ -103,7 +75,7 @@ QUANTO_SHAPES = "snug_shapes"
 
 
 def _holds_quanto(fmt: AnyFormat) -> bool:
-    return isinstance(fmt, QuantoGroups) or _elements(fmt, ("int8", *_FLOAT8), _WHOLE)
+    return isinstance(fmt, QuantoGroups) or is_elements(fmt, ("int8", *FLOAT8), WHOLE)
 
 
 def _store_quanto(name: str, packed: PackedTensor, dtype: torch.dtype) -> Tensors:
@@ -132,59 +104,20 @@ def _quanto_metadata(weights: Mapping[str, Stored], plain: list[str]) -> dict[st
     }
 
 
-# ComfyUI's first scaled FP8 (comfy.utils.convert_old_quants). This convention and the next do not tell that a layer
-# multiplies in 8 bits: of those that need nothing but their weight for it, they hold the weight, scaled by row.
+# ComfyUI's first scaled FP8 (comfy.utils.convert_old_quants).
 
 
 def _holds_scaled_fp8(fmt: AnyFormat) -> bool:
-    return _elements(fmt, _FLOAT8, _WHOLE) or fmt == EightBitProducts("float8_e4m3fn")
+    return is_elements(fmt, FLOAT8, WHOLE)
 
 
 def _store_scaled_fp8(name: str, packed: PackedTensor, dtype: torch.dtype) -> Tensors:
-    return {name: packed.data, f"{layer_of(name)}.scale_weight": _core_scale(packed)}
+    return {name: packed.data, f"{layer_of(name)}.scale_weight": core_scale(packed)}
 
 
 def _scaled_fp8_mark(weights: Mapping[str, Stored], prefix: str) -> Tensors:
-    kinds = (ScaledElements, EightBitProducts)
-    stored = next((s.format.stored for s in weights.values() if isinstance(s.format, kinds)), "")
+    stored = next((s.format.stored for s in weights.values() if isinstance(s.format, ScaledElements)), "")
     return {f"{prefix}scaled_fp8": torch.empty(0, dtype=getattr(torch, stored))} if stored else {}
-
-
-def _core_scale(packed: PackedTensor) -> torch.Tensor:
-    scale = packed.parts["scale"].float()
-    whole = isinstance(packed.format, ScaledElements) and packed.format.block == (0, 0)
-    return scale.view(()) if whole else scale.view(-1, *[1] * (len(packed.shape) - 1))
-
-
-# ComfyUI's own formats (comfy.quant_ops.QUANT_ALGOS), described in the metadata, which all its versions with them read.
-
-
-def _holds_core(fmt: AnyFormat) -> bool:
-    return (
-        isinstance(fmt, RotatedRows)
-        or fmt == EightBitProducts("int8")
-        or _elements(fmt, _FLOAT8, ((0, 0),))
-        or _elements(fmt, ("int8",), _WHOLE)
-    )
-
-
-def _store_core(name: str, packed: PackedTensor, dtype: torch.dtype) -> Tensors:
-    return {name: packed.data.view(packed.shape), f"{layer_of(name)}.weight_scale": _core_scale(packed)}
-
-
-def _core_metadata(weights: Mapping[str, Stored], plain: list[str]) -> dict[str, str]:
-    layers: dict[str, dict[str, Any]] = {}
-    for name, stored in weights.items():
-        fmt = stored.format
-        described: dict[str, Any] = {"format": "int8_tensorwise"}
-        if isinstance(fmt, RotatedRows):
-            described |= {"convrot": True, "convrot_groupsize": fmt.group_size}
-        elif isinstance(fmt, ScaledElements) and fmt.stored != "int8":
-            described = {"format": fmt.stored}
-        layers[layer_of(name)] = described
-    return (
-        {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})} if layers else {}
-    )
 
 
 CONVENTIONS: dict[str, SafetensorsConvention] = {
@@ -193,10 +126,10 @@ CONVENTIONS: dict[str, SafetensorsConvention] = {
         SafetensorsConvention(
             "comfy_quant",
             "ComfyUI's own convention",
-            "float8 with one scale, int8, int8 rotated",
-            _holds_core,
-            _store_core,
-            metadata=_core_metadata,
+            "float8 with one scale (also static and dynamic), int8 (also dynamic), int8 rotated",
+            holds_core,
+            store_core,
+            metadata=describe_core,
         ),
         SafetensorsConvention(
             "scaled_fp8",
@@ -207,7 +140,12 @@ CONVENTIONS: dict[str, SafetensorsConvention] = {
             extras=_scaled_fp8_mark,
         ),
         SafetensorsConvention(
-            "bitsandbytes", "bitsandbytes", "NF4, FP4 and its INT8", _holds_bitsandbytes, _store_bitsandbytes
+            "bitsandbytes",
+            "bitsandbytes",
+            "NF4, FP4 and its INT8",
+            _holds_bitsandbytes,
+            _store_bitsandbytes,
+            metadata=describe_activations,
         ),
         SafetensorsConvention(
             "torchao",
@@ -224,6 +162,14 @@ CONVENTIONS: dict[str, SafetensorsConvention] = {
             _holds_quanto,
             _store_quanto,
             metadata=_quanto_metadata,
+        ),
+        SafetensorsConvention(
+            "snug",
+            "Snug's own convention",
+            "layers that multiply in 8 bits",
+            holds_own,
+            store_core,
+            metadata=describe_core,
         ),
     )
 }

@@ -18,8 +18,9 @@ import torch
 from ..core.errors import SnugError
 from ..core.packed import PackedTensor
 from ..kernels.dequantize import dequantize_packed
-from .conventions import CONVENTIONS, Stored, convention_for
+from .conventions import CONVENTIONS, convention_for
 from .new_file import check_disk_space, new_file
+from .stored import Stored
 
 Progress: TypeAlias = Callable[[int, int], None]
 Value: TypeAlias = "PackedTensor | torch.Tensor"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +12,7 @@ from ..core.packed import PackedTensor
 from ..formats import Format
 from ..formats.scaled import ScaledElements, ScaledFormat
 from ..formats.scaled_base import rows_and_columns
-
-if TYPE_CHECKING:
-    from .conventions import Stored
+from .stored import Stored
 
 _STORED = ("int8", "float8_e4m3fn", "float8_e5m2")
 

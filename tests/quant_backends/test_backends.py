@@ -175,7 +175,7 @@ def test_bits_per_weight(family: FormatFamily) -> None:
 
 @pytest.mark.parametrize("family", registry.families(), ids=lambda family: family.title)
 def test_what_the_registry_says_is_so(family: FormatFamily) -> None:
-    readers = {name for name, _, _ in KNOWN} | {"gguf", "core", "plain", ""}
+    readers = {name for name, _, _ in KNOWN} | {"gguf", "core", "snug", "plain", ""}
     assert family.convention in readers
     assert family.recognised_by
     if family.status is Status.PACKED:

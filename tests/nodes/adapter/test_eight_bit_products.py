@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,18 +144,3 @@ def test_static_wants_a_calibration_of_this_model(twins: Any) -> None:
         quantize(dense, "INT8 static")
     with pytest.raises(SnugError, match="another model"):
         quantize(dense, "INT8 static", calibration=calibration(other, "wan", SEEN[:1]))
-
-
-def test_static_layers_are_not_saved(twins: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import folder_paths
-    from snug.nodes.adapter.saving import SaveSettings, save_model
-    from snug.quant_backends.core.errors import SnugError
-
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    _, dense = twins("sd3", "F32").load()
-    new, _ = quantize(dense, "INT8 static", calibration=calibration(dense, "sd3", SEEN[:1]))
-    with pytest.raises(
-        SnugError, match="weights are in product-int8-s.*, which no kind of safetensors file holds; quantize"
-    ):
-        save_model(new, SaveSettings("model"))
-    assert not list(tmp_path.iterdir())

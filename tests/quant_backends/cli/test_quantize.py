@@ -82,6 +82,35 @@ def test_a_safetensors_file(target: str, model: Path, tensors: Tensors, snug: Ru
         assert isinstance(kept, torch.Tensor) and torch.equal(kept, tensors["text_embedding.0.weight"])
 
 
+@pytest.mark.parametrize(
+    "target", ["INT8 dynamic", "FP8 static", "INT8 static", "bitsandbytes LLM.int8 threshold 3"]
+)
+def test_layers_that_multiply_in_8_bits(
+    target: str, model: Path, tensors: Tensors, snug: Run, tmp_path: Path
+) -> None:
+    """Written, and copied by convert as they are; static ones with what a calibration file says."""
+    out, again, file = (tmp_path / f"{name}.safetensors" for name in ("out", "again", "calibration"))
+    seen = LayerStatistics(torch.ones(256), torch.ones(256) * 3, torch.tensor([-1.0, 3.0]), 1)
+    save_calibration(Calibration({name.removesuffix(".weight"): seen for name in LAYERS}, {}), file)
+    arguments = ("quantize", model, out, "--to", target)
+    if "static" in target:
+        code, _, messages = snug(*arguments)
+        assert code == 1 and "needs a calibration" in messages and not out.exists()
+        arguments = (*arguments, "--calibration", file)
+    code, _, messages = snug(*arguments)
+    assert code == 0 and "3 layers quantized" in messages
+    layer = LayerInfo(LAYERS[0].removesuffix(".weight"), (128, 256))
+    recipe = make_recipe(target, [layer], statistics={layer.name: seen})
+    expected = recipe.quantize(layer, tensors[LAYERS[0]])
+    assert expected is not None and snug("convert", out, again)[0] == 0
+    for path in (out, again):
+        packed = open_tensors(path)[LAYERS[0]]
+        assert isinstance(packed, PackedTensor) and packed.format == expected.format
+        assert torch.equal(packed.data.view(torch.uint8), expected.data.view(torch.uint8))
+        for name, part in expected.parts.items():
+            assert torch.equal(packed.parts[name].view(-1), part.view(-1))
+
+
 def test_own_exclusions(model: Path, snug: Run, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     assert snug("quantize", model, out, "--to", "GGUF Q8_0", "--skip", r"default, blocks\.1")[0] == 0

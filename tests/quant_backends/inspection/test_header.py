@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from snug.quant_backends.core.errors import FileFormatError
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.inspection.header import original_tensors, read_header
 from snug.quant_backends.inspection.stored import CHECKPOINT, DIFFUSION_MODEL
+from snug.quant_backends.quantization import LayerInfo, make_recipe, product_targets
+from snug.quant_backends.quantization.calibration import LayerStatistics
 from snug.quant_backends.readers.conventions import open_quantized_safetensors
+from snug.quant_backends.writers import write_safetensors
 from sparse_files import flux_shapes, resident_bytes, sparse_gguf, sparse_safetensors
 
 MEGABYTE = 2**20
@@ -44,6 +48,28 @@ def test_the_header_tells_what_loading_finds(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     tensors, metadata = quantize_tensors(small_model(), kind)
     save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=metadata)
+    check_header(path)
+
+
+@pytest.mark.parametrize("target", ["INT8 per row rotated", "FP8 e4m3fn per tensor", *product_targets()])
+def test_the_header_of_snugs_own_files(target: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors: dict[str, Any] = small_model()
+    layers = [LayerInfo(n.removesuffix(".weight"), (*t.shape,)) for n, t in tensors.items() if t.dim() == 2]
+    seen = {
+        layer.name: LayerStatistics(
+            torch.ones(layer.shape[1]), torch.ones(layer.shape[1]), torch.tensor([-1.0, 2.0]), 9
+        )
+        for layer in layers[1:]
+    }
+    recipe = make_recipe(target, layers, skip="", statistics=seen)
+    for layer in layers:
+        tensors[f"{layer.name}.weight"] = recipe.quantize(layer, tensors[f"{layer.name}.weight"])
+    write_safetensors(path, tensors)
+    check_header(path)
+
+
+def check_header(path: Path) -> None:
     loaded = open_quantized_safetensors(path)
     contents = read_header(path)
     assert contents.convention == loaded.convention.name

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from snug.quant_backends.core.errors import SnugError
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats.eight_bit_products import EightBitProducts
+from snug.quant_backends.formats.outlier_products import OutlierProducts
 from snug.quant_backends.formats.scaled import scaled_format
-from snug.quant_backends.kernels import eight_bit
+from snug.quant_backends.kernels import eight_bit, outliers
 from snug.quant_backends.kernels.dequantize import dequantize_packed, quantize_packed
 from snug.quant_backends.kernels.linear import linear
 
-KINDS = ("dynamic", "smooth", "static")
-STORED = ("int8", "float8_e4m3fn")
-FORMATS = [EightBitProducts(stored, kind) for stored in STORED for kind in KINDS]
+KINDS = {"int8": ("dynamic", "smooth", "static"), "float8_e4m3fn": ("dynamic", "static")}
+FORMATS = [EightBitProducts(stored, kind) for stored, kinds in KINDS.items() for kind in kinds]
 NAMES = [fmt.name for fmt in FORMATS]
 
 
@@ -22,13 +23,14 @@ def packed(fmt: EightBitProducts, rows: int = 24, columns: int = 40, seed: int =
     weight = torch.randn(rows, columns, generator=generator)
     plain = quantize_packed(weight, EightBitProducts(fmt.stored))
     parts = {"scale": plain.parts["scale"]}
-    if fmt.activations != "dynamic":
+    step, shift = 4.0 / fmt.largest, 3.0
+    if "factor" in fmt.part_names:
         parts["factor"] = torch.rand(columns, generator=generator) + 0.5
-    if fmt.activations == "static":
-        step = 4.0 / fmt.largest
+    if "step" in fmt.part_names:
+        parts["step"] = torch.tensor([step])
+    if "shift" in fmt.part_names:
         parts["factor"] = parts["factor"] / step
-        shift = 3.0 if fmt.stored == "int8" else 0.0
-        parts["step"], parts["shift"] = torch.tensor([step]), torch.tensor([shift])
+        parts["shift"] = torch.tensor([shift])
         sums = plain.data.double().sum(1)
         parts["offset"] = (-shift * step * plain.parts["scale"].double() * sums).float()
     return PackedTensor(plain.data, fmt, plain.shape, parts)
@@ -39,9 +41,11 @@ def expected(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None) -
     fmt, parts = weight.format, weight.parts
     assert isinstance(fmt, EightBitProducts)
     u = x.float() * parts["factor"] if "factor" in parts else x.float()
-    if fmt.activations == "static":
+    if "shift" in parts:
         u = u + parts["shift"]
         t = torch.ones(len(x), 1)
+    elif "step" in parts:
+        u, t = u / parts["step"], parts["step"]
     else:
         t = (u.abs().amax(1, keepdim=True) / fmt.largest).clamp_min(1e-30)
         u = u / t
@@ -112,8 +116,9 @@ def test_large_layers_are_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -
 def test_names_and_decoding(fmt: EightBitProducts) -> None:
     assert scaled_format(fmt.name) == fmt
     weight = packed(fmt, rows=5, columns=9)
-    step = weight.parts.get("step", torch.ones(1)).double()
-    column = weight.parts.get("factor", torch.ones(9)).double() * step
+    column = torch.ones(9).double()
+    if "factor" in weight.parts:
+        column = weight.parts["factor"].double() * weight.parts.get("step", torch.ones(1)).double()
     wanted = weight.data.double() * weight.parts["scale"].double()[:, None] * column
     torch.testing.assert_close(dequantize_packed(weight).double(), wanted, rtol=1e-6, atol=0)
 
@@ -123,4 +128,50 @@ def test_rows_of_zeros_and_edges_encode() -> None:
     for stored, error in (("int8", 1 / 254), ("float8_e4m3fn", 1 / 16)):
         decoded = dequantize_packed(quantize_packed(values, EightBitProducts(stored)))
         assert torch.isfinite(decoded).all()
-        assert (decoded - values).abs().amax(1).le(error * values.abs().amax(1) + 1e-37).all()
+        largest = values.abs().amax(1) if stored == "int8" else values.abs().amax()
+        assert (decoded - values).abs().amax(1).le(error * largest + 1e-37).all()
+
+
+@pytest.mark.parametrize("threshold", [6.0, 2.5, 0.0])
+@pytest.mark.parametrize("loud", [0, 5, 30])
+def test_llm_int8_equals_bitsandbytes(threshold: float, loud: int) -> None:
+    """MatMul8bitLt, which multiplies input columns with outliers in 16 bits: within what rounding to 16 bits leaves."""
+    functions = pytest.importorskip(
+        "bitsandbytes.autograd._functions", reason="bitsandbytes is not installed"
+    )
+    generator = torch.Generator().manual_seed(loud)
+    values = torch.randn(96, 512, generator=generator) / 20
+    x = torch.randn(2, 40, 512, generator=generator).clamp(-2.4, 2.4).half()
+    x[:, ::3, : 9 * loud : 9] *= 8
+    bias = torch.randn(96, generator=generator).half()
+    weight = quantize_packed(values, OutlierProducts(threshold))
+    state = functions.MatmulLtState()
+    state.has_fp16_weights, state.threshold = False, threshold
+    state.CB, state.SCB = weight.data, weight.parts["scale"].view(-1)
+    wanted = functions.MatMul8bitLt.apply(x, state.CB, None, bias, state)
+    found = linear(x, weight, bias)
+    assert found.dtype == torch.float16 and found.shape == (2, 40, 96)
+    torch.testing.assert_close(found, wanted, rtol=2e-3, atol=4e-3 * wanted.std().item())
+    if loud and threshold:
+        plain = linear(x, quantize_packed(values, OutlierProducts(0)), bias).float()
+        exact = x.float() @ dequantize_packed(weight).t() + bias.float()
+        assert (plain - exact).norm() > 2 * (found.float() - exact).norm(), "the outliers are rounded"
+
+
+def test_more_outliers_than_columns_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest of them are rounded with the rest: no input is lost."""
+    monkeypatch.setattr(outliers, "FEWEST", 4)
+    x = torch.randn(64, 64)
+    x[:, :8] *= torch.arange(8, 16) * 10
+    weight = quantize_packed(torch.randn(24, 64), OutlierProducts(6.0))
+    exact = x @ dequantize_packed(weight).t()
+    assert (linear(x, weight) - exact).norm() < 0.01 * exact.norm()
+
+
+def test_thresholds_have_names() -> None:
+    for threshold, name in ((6.0, "6"), (0.0, "0"), (2.25, "2.25")):
+        fmt = OutlierProducts(threshold)
+        assert fmt.name == f"product-int8-scb-{name}" and scaled_format(fmt.name) == fmt
+    for wrong in (-1.0, float("nan"), float("inf"), 1e9):
+        with pytest.raises(SnugError, match="is a number from 0 to 999999"):
+            OutlierProducts(wrong)

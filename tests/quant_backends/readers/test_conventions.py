@@ -303,3 +303,44 @@ def test_scales_beside_plain_weights(tmp_path: Path) -> None:
     assert isinstance(found["a.weight"], torch.Tensor) and isinstance(found["b.weight"], torch.Tensor)
     assert torch.equal(found["a.weight"], weight) and torch.equal(found["b.weight"], 2 * weight)
     assert found["a.weight"].data_ptr() == file.read("a.weight").data_ptr()
+
+
+FLOAT8 = {"a.weight": torch.ones(4, 8).to(torch.float8_e4m3fn), "a.weight_scale": torch.ones(())}
+OWN = {"a.weight": torch.ones(4, 8, dtype=torch.int8), "a.snug_scale": torch.ones(4)}
+OWN |= {"a.snug_factor": torch.ones(8)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kinds", "sentence"),
+    [
+        (FLOAT8, "[]", "does not say for each layer"),
+        (FLOAT8, '{"a": 1}', "does not say for each layer"),
+        (FLOAT8, "{", "is not valid JSON"),
+        (FLOAT8, '{"b": "dynamic"}', "'b' is to be rounded as 'dynamic', which its weight is not made for"),
+        (FLOAT8, '{"a": "smooth"}', "rounded as 'smooth'"),
+        (FLOAT8, '{"a": "outliers 6"}', "rounded as 'outliers 6'"),
+        (FLOAT8, '{"a": "static"}', "needs 1 elements of float32 as its step, got 0"),
+        (FLOAT8 | {"a.weight_scale": torch.ones(4, 1)}, '{"a": "dynamic"}', "rounded as 'dynamic'"),
+        (
+            FLOAT8 | {"a.weight_scale": torch.ones(()).half()},
+            '{"a": "dynamic"}',
+            "needs 1 elements of float32",
+        ),
+        (OWN, '{"a": "static"}', "'a.snug_step' is missing"),
+        (
+            OWN | {"a.snug_factor": torch.ones(4)},
+            '{"a": "smooth"}',
+            "needs 8 elements of float32 as its factor",
+        ),
+        (OWN | {"a.weight": torch.ones(4, 8)}, '{"a": "smooth"}', "needs 32 elements of int8"),
+        (OWN, '{"a": "outliers 6"}', "rounded as 'outliers 6'"),
+    ],
+)
+def test_inconsistent_roundings_of_inputs(
+    tensors: dict[str, torch.Tensor], kinds: str, sentence: str, opened: Opened
+) -> None:
+    opened(FLOAT8 | {"a.input_scale": torch.ones(1)}, {"snug_activations": '{"a": "static"}'})
+    layers = {"layers": {"a": {"format": "snug_int8" if "a.snug_scale" in tensors else "float8_e4m3fn"}}}
+    described = {"snug_activations": kinds, "_quantization_metadata": json.dumps(layers)}
+    with pytest.raises(FileFormatError, match=sentence.replace("(", r"\(")):
+        opened(tensors, described)

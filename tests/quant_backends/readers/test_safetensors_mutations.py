@@ -12,6 +12,8 @@ from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.kernels.dequantize import dequantize_packed
 from snug.quant_backends.readers.conventions import open_quantized_safetensors
 
+OWN_PARTS = {"scale": 2, "factor": 4, "step": 1, "shift": 1, "offset": 2}
+
 
 @pytest.fixture(scope="module")
 def valid() -> tuple[bytes, int]:
@@ -39,10 +41,20 @@ def valid() -> tuple[bytes, int]:
         ("e._weight_scale", "BF16", [2, 1], bytes(4)),
         ("f.weight", "F8_E5M2", [4, 8], bytes(32)),
         ("f.weight_scale_inv", "F32", [2, 2], bytes(16)),
+        ("g.weight", "F8_E4M3", [2, 4], bytes(8)),
+        ("g.weight_scale", "F32", [1], struct.pack("<f", 1)),
+        ("g.input_scale", "F32", [1], struct.pack("<f", 1)),
+        ("h.weight", "I8", [2, 4], bytes(8)),
+        *((f"h.snug_{part}", "F32", [size], bytes(4 * size)) for part, size in OWN_PARTS.items()),
     ]
     kind = {"_type": "Int8Tensor", "_data": {"block_size": [1, 32]}, "_tensor_data_names": ["qdata", "scale"]}
+    activations = {"b": "outliers 6", "c": "dynamic", "g": "static", "h": "static"}
     header: dict[str, object] = {
-        "__metadata__": {"tensor_names": json.dumps(["e.weight"]), "e.weight": json.dumps(kind)}
+        "__metadata__": {
+            "tensor_names": json.dumps(["e.weight"]),
+            "e.weight": json.dumps(kind),
+            "snug_activations": json.dumps(activations),
+        }
     }
     data = b""
     for name, dtype, shape, content in tensors:
@@ -73,6 +85,6 @@ def test_the_undamaged_file_is_valid(valid: tuple[bytes, int], tmp_path: Path) -
     use(path)
     loaded = open_quantized_safetensors(path)
     assert {name for name, value in loaded.state_dict.items() if isinstance(value, PackedTensor)} == {
-        f"{layer}.weight" for layer in "abcdef"
+        f"{layer}.weight" for layer in "abcdefgh"
     }
     assert loaded.convention.name == "bitsandbytes-4bit+bitsandbytes-int8+torchao+quanto+scaled-fp8"

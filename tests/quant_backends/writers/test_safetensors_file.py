@@ -18,7 +18,8 @@ from snug.quant_backends.core.errors import SnugError
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.kernels.dequantize import dequantize_packed, quantize_packed
-from snug.quant_backends.quantization import LayerInfo, make_recipe, targets
+from snug.quant_backends.quantization import LayerInfo, make_recipe, product_targets, targets
+from snug.quant_backends.quantization.calibration import LayerStatistics
 from snug.quant_backends.readers.conventions import open_quantized_safetensors
 from snug.quant_backends.readers.safetensors_file import SafetensorsFile
 from snug.quant_backends.writers import CONVENTIONS, new_file, write_safetensors
@@ -26,7 +27,7 @@ from snug.quant_backends.writers import CONVENTIONS, new_file, write_safetensors
 Tensors = dict[str, PackedTensor | torch.Tensor]
 SHAPES = {"a.0": (96, 256), "a.1": (40, 64), "b": (7, 192)}
 # What the convention is called in `readers/conventions.py`.
-READ_AS = {"comfy_quant": "core", "scaled_fp8": "scaled-fp8", "torchao": "torchao", "quanto": "quanto"}
+READ_AS = {"comfy_quant": "snug", "scaled_fp8": "scaled-fp8", "torchao": "torchao", "quanto": "quanto"}
 LIBRARY_TARGETS = [t for t in targets().values() if t.backend != "gguf" and not t.unavailable]
 
 
@@ -43,6 +44,61 @@ def quantized(target: str) -> Tensors:
     tensors["a.0.bias"] = torch.randn(96, generator=generator).bfloat16()
     tensors["a.norm.weight"] = torch.randn(17, generator=generator)
     return tensors
+
+
+def statistics(columns: int) -> LayerStatistics:
+    """Inputs of which some channels are outliers."""
+    absmax = torch.rand(columns, generator=torch.Generator().manual_seed(columns)) + 0.5
+    absmax[::50] *= 30
+    return LayerStatistics(absmax.square() / 4, absmax, torch.stack([-absmax.max() / 3, absmax.max()]), 100)
+
+
+PRODUCTS = {
+    "INT8 dynamic": ("comfy_quant", "snug"),
+    "INT8 static": ("snug", "snug"),
+    "FP8 dynamic": ("comfy_quant", "snug"),
+    "FP8 static": ("comfy_quant", "snug"),
+    "bitsandbytes LLM.int8": ("bitsandbytes", "bitsandbytes-int8"),
+    "bitsandbytes LLM.int8 threshold 2.5": ("bitsandbytes", "bitsandbytes-int8"),
+}
+
+
+def products(target: str) -> Tensors:
+    """As `quantized`; with static targets, b has not run and is dynamic."""
+    layers = [LayerInfo(name, shape) for name, shape in SHAPES.items()]
+    found = {layer.name: statistics(layer.shape[1]) for layer in layers if layer.name != "b"}
+    recipe = make_recipe(target, layers, skip="", statistics=found)
+    tensors = quantized("GGUF F16")
+    generator = torch.Generator().manual_seed(5)
+    for layer in layers:
+        packed = recipe.quantize(layer, torch.randn(layer.shape, generator=generator) / 20)
+        assert packed is not None
+        tensors[f"{layer.name}.weight"] = packed
+    return tensors
+
+
+def test_every_product_target_is_tested() -> None:
+    assert product_targets().keys() <= PRODUCTS.keys()
+
+
+@pytest.mark.parametrize("target", PRODUCTS)
+def test_products_are_written_and_read(target: str, tmp_path: Path) -> None:
+    """Whatever is needed to multiply in 8 bits comes back, in the first convention that holds all of it."""
+    tensors, path = products(target), tmp_path / "model.safetensors"
+    convention, read_as = PRODUCTS[target]
+    assert write_safetensors(path, tensors) == convention
+    loaded = open_quantized_safetensors(path)
+    assert loaded.convention.name == read_as and not loaded.convention.core
+    assert loaded.state_dict.keys() == tensors.keys()
+    for name, value in tensors.items():
+        same(loaded.state_dict[name], value, name)
+    if convention == "bitsandbytes":
+        with safe_open(path, "pt") as file:
+            found = by_bitsandbytes(load_file(path), file.metadata())
+        for name, value in found.items():
+            packed = tensors[name]
+            assert isinstance(packed, PackedTensor)
+            assert torch.equal(value, dequantize_packed(packed, value.dtype))
 
 
 def convention_of(target: str) -> str:
