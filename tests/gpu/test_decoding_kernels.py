@@ -138,17 +138,25 @@ def test_zero_points_of_other_types(dtype: torch.dtype) -> None:
     assert_same(dataclasses.replace(packed, parts=parts), torch.float16)
 
 
-@pytest.mark.parametrize("name", ["product-int8-dynamic", "product-float8_e4m3fn-dynamic"])
-@pytest.mark.parametrize("parts", [{}, {"factor"}, {"factor", "step", "shift", "offset"}])
-def test_weights_of_8_bit_products(name: str, parts: set[str]) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "product-int8-dynamic",
+        "product-int8-smooth",
+        "product-int8-static",
+        "product-float8_e4m3fn-dynamic",
+        "product-float8_e4m3fn-static",
+        "product-int8-scb-6",
+    ],
+)
+def test_weights_of_8_bit_products(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    encoder = format_called(name).encoder()  # type: ignore[union-attr]
-    assert encoder is not None
+    fmt = format_called(name)
+    encoder = format_called(name.replace("smooth", "dynamic").replace("static", "dynamic")).encoder()  # type: ignore[union-attr]
+    assert encoder is not None and not isinstance(fmt, type)
     packed = encode(torch.randn(9, 260, generator=generator), encoder)
-    kind = {0: "dynamic", 1: "smooth", 4: "static"}[len(parts)]
     sizes = {"factor": 260, "step": 1, "shift": 1, "offset": 9}
-    more = {part: torch.rand(sizes[part], generator=generator) for part in sizes if part in parts}
-    fmt = format_called(name.replace("dynamic", kind))
+    more = {part: torch.rand(sizes[part], generator=generator) for part in sizes if part in fmt.part_names}
     assert_same(PackedTensor(packed.data, fmt, packed.shape, {**packed.parts, **more}), torch.bfloat16)
 
 

@@ -17,6 +17,7 @@ from ...formats.bitsandbytes_4bit import BitsAndBytes4Bit
 from ...formats.eight_bit_products import EightBitProducts
 from ...formats.fp4 import LOOKED_UP
 from ...formats.iq_tables import GRIDS, grid_table
+from ...formats.outlier_products import WEIGHT, OutlierProducts
 from ...formats.quanto_groups import QuantoGroups
 from ...formats.rotated_rows import RotatedRows
 from ...formats.scaled_base import ScaledFormat, rows_and_columns
@@ -71,6 +72,10 @@ def constants(fmt: type[Format] | ScaledFormat, shape: tuple[int, ...]) -> Const
         return _four_bit(fmt, rows, columns)
     if columns % 4:
         return None
+    if isinstance(fmt, OutlierProducts):
+        fmt = WEIGHT
+    elif isinstance(fmt, EightBitProducts) and fmt.stored != "int8":
+        fmt = ScaledElements(fmt.stored, (0, 0))
     if isinstance(fmt, QuantoGroups):
         if fmt.group_size % 4:
             return None
