@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoder_families import GEMMA4_SIZES
 from prompts import PROMPTS
 from safetensors.torch import save_file
 from small_text_encoders import detect_as, encode, load_dense, load_packed, random_weights
@@ -20,16 +21,7 @@ from text_encoder_files import write_text_encoder
 from vocabularies import gemma4, write_gemma4
 
 ROWS = 6400
-SIZES = {
-    "vocab_size": ROWS,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "hidden_size_per_layer_input": 64,
-    "num_kv_shared_layers": 3,
-}
+SIZES = {**GEMMA4_SIZES, "vocab_size": ROWS}
 
 
 @pytest.fixture
