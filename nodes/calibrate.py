@@ -180,6 +180,7 @@ class SnugCalibrateTextEncoder(io.ComfyNode):
                 io.String.Input(
                     "prompts",
                     multiline=True,
+                    placeholder="one prompt a line",
                     default="",
                     tooltip="Prompts of the kind that you use, one a line; ten to a hundred do.",
                 ),
