@@ -83,18 +83,19 @@ def _tokenizer(content: Content, architecture: str) -> Mapping[str, MetadataValu
     name = next(name for name in EMBEDDINGS if name in content.tensors)
     rows = comfy.utils.get_attr(content.encoder, name).shape[0]
     wanted = tokenizer_key(FAMILIES[architecture], rows)
-    if found is None and wanted in (
-        None,
-        "tekken_model",
-    ):  # LLaMA of any vocabulary has no tokenizer of its own
-        return {}
-    if found != wanted and not (found == "spiece_model" and wanted is None):
-        kind = f"no {wanted}" if found is None else f"a {found}"
+    if found is None:
+        if wanted in (None, "tekken_model"):  # a LLaMA of whatever vocabulary has none in its CLIP
+            return {}
         raise SnugError(
-            f"This text encoder ({architecture}) has {kind} as its tokenizer, which does not go into a GGUF file of "
+            f"This text encoder ({architecture}) comes without its tokenizer, which has to be in the GGUF file; load "
+            f"it from a file that has its {wanted}."
+        )
+    if wanted not in (None, found) or (wanted is None and found != "spiece_model"):
+        raise SnugError(
+            f"This text encoder ({architecture}) has a {found} as its tokenizer, which does not go into a GGUF file of "
             f"it; {SAFETENSORS_INSTEAD}."
         )
-    tokenizer = content.tensors[str(found)]
+    tokenizer = content.tensors[found]
     if not isinstance(tokenizer, torch.Tensor):
         return {}
-    return tokenizer_metadata(str(found), tokenizer.numpy().tobytes(), rows)
+    return tokenizer_metadata(found, tokenizer.numpy().tobytes(), rows)

@@ -88,10 +88,12 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_metadata(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    more = {"text": "ä", "count": 3, "big": 1 << 40, "minus": -1, "ratio": 0.1, "yes": True, "list": [1, 2]}
+    more = {"text": "ä", "count": 3, "big": 1 << 40, "minus": -1, "ratio": 0.25, "yes": True, "list": [1, 2]}
     write_gguf(path, wan_tensors(x=(2, 2, 2, 2, 2)), "F16", metadata=more)
     reader = gguf.GGUFReader(path)
     assert {key: field(reader, key) for key in more} == more
+    # llama.cpp asks for its numbers in this type.
+    assert reader.fields["ratio"].types == [gguf.GGUFValueType.FLOAT32]
     assert field(reader, "general.architecture") == "wan"
     assert field(reader, "general.quantization_version") == gguf.GGML_QUANT_VERSION
     assert field(reader, "general.file_type") == gguf.LlamaFileType.MOSTLY_F16
