@@ -21,6 +21,7 @@ from .encoding import inverse
 # More than any block can hold: a float16 scale times the largest codes is below 3e8.
 _LARGEST = 1e9
 _LEAST_IMPORTANCE = 1e-6  # of the largest; channels that were never active still get sensible codes
+_EQUAL = 1e-6  # of a gain; rounding makes as much of a difference
 _SINGULAR = 3e-6  # below this part of their product, the difference of two sums is what rounding left
 _LARGEST_HALF, _LEAST_HALF = 65504.0, 2.0**-24
 
@@ -159,7 +160,7 @@ def fit_symmetric(
         blocks.add_up(blocks.wx, list(found[:, number]))
     # The error is the sum of w * x * x less this.
     gain = (found[1].square() / found[2]).nan_to_num_(0.0, 0.0, 0.0)
-    sums = blocks.sums(_pick(found, gain))
+    sums = blocks.sums(_pick(found, gain.argmax(0)))
     scale = sums.product * inverse(sums.square)
     d = _symmetric_unit(scale, scale_range, sums)
     scales = scale
@@ -215,8 +216,12 @@ def _affine_start(
     scale = torch.where(bound, (product + low * code) / square, scale)
     shift = torch.where(bound, -low, shift)
     gain = scale * (2 * product - scale * square - 2 * shift * code) + shift * (2 * sum_y - shift * total)
-    sums = _pick(found, gain)
-    scale, shift = _pick(torch.stack([scale, shift]), gain)
+    # Of candidates that are equally good, as for constant weights, all sub-blocks of a block must take the same one:
+    # their scales would differ, and be rounded, for nothing.
+    gain = gain.nan_to_num_(-torch.inf, -torch.inf)
+    best = (gain >= gain.amax(0) * (1 - _EQUAL)).to(torch.uint8).argmax(0)
+    sums = _pick(found, best)
+    scale, shift = _pick(torch.stack([scale, shift]), best)
     flat = sums[2] == 0  # all codes are zero: the minimum is all there is
     scale = torch.where(flat, 0.0, scale).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0)
     minimum = -low - torch.where(flat, sum_y / total, shift).nan_to_num_(0.0, 0.0, 0.0)
@@ -289,9 +294,8 @@ def _padded(values: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
 
 
-def _pick(found: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """[k, candidates, sub-blocks] of the candidates of largest gain: [k, sub-blocks]."""
-    best = gain.nan_to_num_(-torch.inf, -torch.inf).argmax(0)
+def _pick(found: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """[k, candidates, sub-blocks] of the candidates of these numbers [sub-blocks]: [k, sub-blocks]."""
     return found.gather(1, best.expand(len(found), 1, -1)).squeeze(1)
 
 

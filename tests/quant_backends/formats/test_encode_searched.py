@@ -79,6 +79,19 @@ def test_error_is_at_most_ggmls(name: str, case: str, importance: torch.Tensor |
     assert ours <= max(WORST_RATIO * theirs, nothing)
 
 
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K", "Q5_K"])
+@pytest.mark.parametrize("importance", [None, IMPORTANCE], ids=["alike", "importance"])
+def test_constant_weights_lose_only_the_rounding_of_scales(
+    name: str, importance: torch.Tensor | None
+) -> None:
+    """Candidates that are equally good must not differ from one sub-block to the next."""
+    weights = torch.randn(ROWS, 1, generator=torch.Generator().manual_seed(2)).expand(ROWS, COLUMNS)
+    weights = weights.contiguous()
+    found = dequantize(quantize(weights, FORMATS[name], importance), FORMATS[name], weights.shape)
+    # Scales are float16: half a unit is 2^-12 of a number at most.
+    assert _error(found, weights, None) < 1.5 * 2**-12 * _error(torch.zeros_like(weights), weights, None)
+
+
 @every_format
 def test_importance_moves_the_error_to_where_it_matters_less(name: str) -> None:
     weights = CASES["Gaussian"]
