@@ -16,7 +16,7 @@ pytestmark = pytest.mark.comfy
 
 @pytest.mark.parametrize(
     ("family", "target", "ending"),
-    [("wan", "GGUF Q4_0", "gguf"), ("sd3", "FP8 e4m3fn per row", "safetensors")],
+    [("wan", "GGUF Q4_0", "gguf")],
 )
 def test_quantize_save_load(
     family: str,
@@ -61,3 +61,66 @@ def test_quantize_save_load(
     finally:
         comfy_server.free()
         saved.unlink(missing_ok=True)
+
+
+TARGETS = (
+    "GGUF Q4_K_M",
+    "bitsandbytes NF4 double",
+    "bitsandbytes LLM.int8",
+    "torchao int8",
+    "quanto int4",
+    "FP8 e4m3fn per row",
+    "FP8 e4m3fn per tensor",
+    "FP8 dynamic",
+    "FP8 static",
+    "INT8 per row rotated",
+    "INT8 dynamic",
+    "INT8 static",
+)
+
+
+def test_every_backend(twins: Callable[[str, str], Twins], comfy_server: ComfyServer) -> None:
+    """Two prompts: one quantizes to each target, samples and saves; the other loads what was saved and samples."""
+    dense = twins("sd3", "F32").dense
+    first, second = (build_workflow("sd3", "dense", dense.name, steps=2) for _ in range(2))
+    sampler = first.pop("sampler")["inputs"]
+    for workflow in (first, second):
+        workflow.pop("save")
+    second.pop("sampler"), second.pop("model")
+    shared = ("positive", "negative", "cfg", "sampler_name", "scheduler", "steps")
+    calibrate = {key: sampler[key] for key in shared}
+    calibrate |= {"model": ["model", 0], "latent_image": ["latent", 0], "seed": 7}
+    first["calibrate"] = {"class_type": "SnugCalibrate", "inputs": calibrate}
+
+    def sample(workflow: Workflow, target: str, model: str) -> None:
+        workflow[f"sample {target}"] = {"class_type": "KSampler", "inputs": {**sampler, "model": [model, 0]}}
+        inputs = {"samples": [f"sample {target}", 0], "filename_prefix": "every"}
+        workflow[f"latent {target}"] = {"class_type": "SaveLatent", "inputs": inputs}
+
+    for number, target in enumerate(TARGETS):
+        inputs = {"model": ["model", 0], "target": target, "skip_patterns": "default"}
+        if "static" in target:
+            inputs["calibration"] = ["calibrate", 0]
+        first[f"quantize {target}"] = {"class_type": "SnugQuantizeModel", "inputs": inputs}
+        sample(first, target, f"quantize {target}")
+        inputs = {"model": [f"quantize {target}", 0], "filename_prefix": f"diffusion_models/every{number}"}
+        inputs |= {"format": "auto", "if_exists": "replace", "folder": "models folder"}
+        first[f"keep {target}"] = {"class_type": "SnugSaveModel", "inputs": inputs}
+    written: list[Path] = []
+    try:
+        outputs = comfy_server.run(first)
+        written = [Path(outputs[f"keep {target}"]["text"][0]) for target in TARGETS]
+        for target, path in zip(TARGETS, written, strict=True):
+            inputs = {"model_name": path.name, "compute_dtype": "auto"}
+            second[f"load {target}"] = {"class_type": "SnugLoadDiffusionModel", "inputs": inputs}
+            sample(second, target, f"load {target}")
+        again = comfy_server.run(second)
+        found = [saved_latent(comfy_server, outputs, f"latent {target}") for target in TARGETS]
+        for target, latent in zip(TARGETS, found, strict=True):
+            assert torch.equal(saved_latent(comfy_server, again, f"latent {target}"), latent), target
+        different = {latent.numpy().tobytes() for latent in found}
+        assert len(different) == len(TARGETS), "targets that make no difference"
+    finally:
+        comfy_server.free()
+        for path in written:
+            path.unlink(missing_ok=True)

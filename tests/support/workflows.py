@@ -170,7 +170,7 @@ def with_offload(workflow: Workflow, after: str, **settings: Any) -> Workflow:
     return with_node(workflow, after, "offload", "SnugGroupOffload", **{**inputs, **more, **settings})
 
 
-def saved_latent(server: ComfyServer, outputs: dict[str, Any]) -> torch.Tensor:
-    """The latent that a workflow saved."""
-    saved = outputs["save"]["latents"][0]
+def saved_latent(server: ComfyServer, outputs: dict[str, Any], node: str = "save") -> torch.Tensor:
+    """The latent that a node of a workflow saved."""
+    saved = outputs[node]["latents"][0]
     return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
