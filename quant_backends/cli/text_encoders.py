@@ -65,7 +65,7 @@ def encoder_file(model: OpenModel, source: str, tokenizer: str | None) -> Encode
             f"{source} is a text encoder of a kind that cannot be loaded from a GGUF file; choose a target that is "
             f"stored in .safetensors files, such as FP8 e4m3fn per row."
         )
-    rows = tensors[table].shape[0] if table else 0
+    rows = tensors[table].shape[0] if table and tensors[table].shape else 0
     key = None if is_clip else tokenizer_key(FAMILIES[architecture], rows)
     if key is None and tokenizer is not None:
         raise SnugError(
@@ -95,10 +95,13 @@ def _kept(model: OpenModel, architecture: str) -> Iterator[tuple[str, MetadataVa
     named = model.contents.metadata.get("general.architecture")
     for name, value in model.contents.metadata.items():
         prefix, _, rest = name.partition(".")
-        if prefix not in ("tokenizer", named) or value == ():
+        if prefix not in ("tokenizer", named):
             continue
-        if name == "tokenizer.ggml.precompiled_charsmap":
-            value = bytes(number & 255 for number in value)
+        if isinstance(value, tuple):
+            if not value or isinstance(value[0], tuple):  # lists of lists are nothing that a converter writes
+                continue
+            if name == "tokenizer.ggml.precompiled_charsmap":
+                value = bytes(number & 255 for number in value if isinstance(number, int))
         yield (f"{architecture}.{rest}" if prefix == named else name), value
 
 
@@ -109,12 +112,16 @@ def _heads(tensors: Mapping[str, Weight], source: str, architecture: str) -> dic
     if (folder / CONFIG).is_file():
         found = read_json_object(folder / CONFIG, MAX_CONFIG_BYTES)
         config = found["text_config"] if isinstance(found.get("text_config"), dict) else found
-    key, heads = f"{architecture}.attention.head_count", {}
-    settings = {"num_attention_heads": ("q", key), "num_key_value_heads": ("k", f"{key}_kv")}
+    name_of_heads, heads = f"{architecture}.attention.head_count", {}
+    settings = {
+        "num_attention_heads": ("q", name_of_heads),
+        "num_key_value_heads": ("k", f"{name_of_heads}_kv"),
+    }
     for setting, (letter, name) in settings.items():
-        rows = int(tensors[f"model.layers.0.self_attn.{letter}_proj.weight"].shape[0])
+        ending = f".self_attn.{letter}_proj.weight"
+        rows = next((value.shape[0] for key, value in tensors.items() if key.endswith(ending)), HEAD_SIZE)
         count = config.get(setting)
-        heads[name] = count if isinstance(count, int) and count > 0 else max(1, rows // HEAD_SIZE)
+        heads[name] = count if isinstance(count, int) and count > 0 else max(1, int(rows) // HEAD_SIZE)
     return heads
 
 

@@ -126,6 +126,11 @@ def test_sentencepiece(kind: str, place: str, snug: Run, tmp_path: Path) -> None
     assert code == 0, messages
     assert ("tokenizer: " in messages) == (place != "in the file")
     is_same(out, tensors)
+    if place == "beside":  # converted again, nothing of the tokenizer is lost
+        again = folder / "again.gguf"
+        assert snug("convert", out, again)[0] == 0
+        is_same(again, tensors)
+        out = again
     encoder = open_text_encoder_gguf(out)
     assert needed_tokenizer(encoder) == "spiece_model"
     rebuilt = sentencepiece.SentencePieceProcessor(
