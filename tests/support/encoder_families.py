@@ -138,7 +138,9 @@ class Builder:
         shape = sizes(64 if family.layers > 4 else 256, family.layers)
         if rows or family.rows:
             shape["vocab_size"] = rows or family.rows
-        self.patch.setattr(llama, family.config, functools.partial(getattr(llama, family.config), **shape))
+        config = getattr(llama, family.config)
+        # Over what its loader asks for, which is the size of the vocabulary.
+        self.patch.setattr(llama, family.config, lambda **options: config(**{**options, **shape}))
         module = getattr(llama, family.model)({}, torch.float32, "meta", self.comfy.ops.manual_cast)
         weights = random_weights(module, "Q8_0")
         if kind.startswith("GEMMA"):

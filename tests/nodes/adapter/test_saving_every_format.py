@@ -26,7 +26,7 @@ KINDS = [
     "MINISTRAL_3_3B",
 ]
 # How many tokens are left; 384 is a number of T5's that needs no tokenizer in the file.
-CUT = {"CLIP_L": 6200, "T5_XXL": 384, "QWEN3_4B": 6200, "QWEN25_7B": 6200}
+CUT = {"CLIP_L": 6200, "T5_XXL": 384, "LLAMA3_8": 6200, "QWEN3_4B": 6200, "QWEN25_7B": 6200}
 IN_SAFETENSORS = ("CLIP_L", "T5_XXL", "QWEN3_4B")
 BLOCKS = 4
 
