@@ -16,6 +16,7 @@ class SnugExtension(ComfyExtension):
         await replacements.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .blind_test import SnugBlindTest
         from .calibrate import SnugCalibrate, SnugCalibrateTextEncoder, SnugLoadCalibration
         from .compare_images import SnugCompareImages
         from .group_offload import SnugGroupOffload, SnugGroupOffloadCLIP
@@ -57,6 +58,7 @@ class SnugExtension(ComfyExtension):
             SnugModelInspector,
             SnugVRAMMonitor,
             SnugCompareImages,
+            SnugBlindTest,
             SnugCalibrate,
             SnugCalibrateTextEncoder,
             SnugLoadCalibration,
@@ -70,10 +72,12 @@ def create_extension() -> ComfyExtension:
     """
     try:
         from .adapter import folders
-        from .telemetry.routes import register_routes
+        from .measure import blind_routes
+        from .telemetry import routes
 
         folders.register()
-        register_routes()
+        routes.register_routes()
+        blind_routes.register_routes()
         return SnugExtension()
     except Exception:
         logger.exception("ComfyUI-Snug could not start.")

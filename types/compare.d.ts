@@ -29,4 +29,33 @@ declare namespace Snug {
     pictures: Picture[];
     notes: string[];
   }
+
+  interface BlindResult {
+    right: number;
+    wrong: number;
+    undecided: number;
+    p_value: number;
+    low: number;
+    high: number;
+    sentence: string;
+  }
+
+  /** 0: cannot tell. 1, 2: the picture on the left, on the right. */
+  type Vote = 0 | 1 | 2;
+
+  /** trials: the pictures on the left and on the right. quantized: where they were, null until the end. */
+  interface BlindRound {
+    round: string;
+    name: string;
+    file: string;
+    width: number;
+    height: number;
+    trials: [PictureFile, PictureFile][];
+    votes: (Vote | null)[];
+    finished: boolean;
+    result: BlindResult | null;
+    quantized: (1 | 2)[] | null;
+    /** Only from the node itself. */
+    notes?: string[];
+  }
 }

@@ -3,6 +3,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { addBlindWidget } from "./compare/blind_node.mjs";
 import { addCompareWidget } from "./compare/compare_node.mjs";
 import { TelemetryClient } from "./telemetry/client.mjs";
 import { Queue, addMonitorWidget } from "./telemetry/node_widget.mjs";
@@ -89,5 +90,6 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === "SnugVRAMMonitor") addMonitorWidget(node, queue, client, store);
     if (node.comfyClass === "SnugCompareImages") addCompareWidget(node, app, api);
+    if (node.comfyClass === "SnugBlindTest") addBlindWidget(node, app, api);
   },
 });

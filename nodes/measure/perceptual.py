@@ -27,7 +27,10 @@ def find_lpips() -> tuple[Distance | None, str]:
             f"LPIPS is left out: its package is installed but the weights of its network are not; put "
             f"{weights.name} into {weights.parent.name} of PyTorch's hub folder."
         )
-    return _distance(_model()), ""
+    try:
+        return _distance(_model(weights)), ""
+    except Exception as error:  # whatever torch raises about a damaged file
+        return None, f"LPIPS is left out: {weights.name} holds no weights of AlexNet ({error})."
 
 
 def _backbone() -> Path:
@@ -39,10 +42,16 @@ def _backbone() -> Path:
 
 
 @lru_cache(maxsize=1)
-def _model() -> torch.nn.Module:
+def _model(weights: Path) -> torch.nn.Module:
+    """The package's model; its backbone is read here, as the package would have it downloaded and unpickled."""
     import lpips
 
-    return lpips.LPIPS(net="alex", verbose=False).eval().requires_grad_(False)
+    model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    # Its slices hold AlexNet's layers under the numbers that they have there: slice2.3.weight is features.3.weight.
+    names = {name: f"features.{name.partition('.')[2]}" for name in model.net.state_dict()}
+    model.net.load_state_dict({name: state[found] for name, found in names.items()})
+    return model.eval().requires_grad_(False)
 
 
 def _distance(model: torch.nn.Module) -> Distance:

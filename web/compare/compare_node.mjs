@@ -3,7 +3,7 @@
 
 import { h, setText } from "../dom.mjs";
 import { watchVisible } from "../telemetry/visible.mjs";
-import { addStageWidget, keepKeys } from "./node_element.mjs";
+import { addStageWidget, keepKeys, saveSoon } from "./node_element.mjs";
 import { urlOf } from "./pictures.mjs";
 import { Stage } from "./stage.mjs";
 import { INITIAL, MODES, fitted, isComparison, kept, reduce, restored } from "./state.mjs";
@@ -11,8 +11,6 @@ import { makeToolbar } from "./toolbar.mjs";
 
 /** Of the node's properties, which are saved with the workflow. */
 const PROPERTY = "snug_compare";
-/** The page saves workflows when it notices a change, which it looks for after clicks on its own things only. */
-const NOTICE_MS = 300;
 const EMPTY = "Run the workflow to see the images here.";
 const GONE = "The images are no longer on the server: run the workflow again.";
 
@@ -21,7 +19,6 @@ export function addCompareWidget(node, app, api) {
   /** @type {Snug.Comparison | undefined} */ let shown;
   /** @type {import("./state.mjs").State} */ let state = INITIAL;
   /** @type {ReturnType<typeof setInterval> | undefined} */ let timer;
-  /** @type {ReturnType<typeof setTimeout> | undefined} */ let noticing;
   let isVisible = false;
   const wantsStillness = matchMedia("(prefers-reduced-motion: reduce)");
   let isPlaying = !wantsStillness.matches;
@@ -121,10 +118,7 @@ export function addCompareWidget(node, app, api) {
 
   function keep() {
     node.properties[PROPERTY] = { shown, chosen: kept(state) };
-    clearTimeout(noticing);
-    noticing = setTimeout(() => {
-      app.extensionManager.workflow?.activeWorkflow?.changeTracker?.checkState?.();
-    }, NOTICE_MS);
+    saveSoon(app);
   }
 
   function restore() {
@@ -152,7 +146,6 @@ export function addCompareWidget(node, app, api) {
   node.onRemoved = function () {
     onRemoved?.call(this);
     clearInterval(timer);
-    clearTimeout(noticing);
     stopVisible();
   };
 }

@@ -44,3 +44,16 @@ export function keepKeys(element) {
     });
   }
 }
+
+/** The page saves workflows when it notices a change, which it looks for after clicks on its own things only. */
+const NOTICE_MS = 300;
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let noticing;
+
+/** To be called when a node's properties have changed. @param {Comfy.App} app */
+export function saveSoon(app) {
+  clearTimeout(noticing);
+  noticing = setTimeout(() => {
+    app.extensionManager.workflow?.activeWorkflow?.changeTracker?.checkState?.();
+  }, NOTICE_MS);
+}

@@ -33,8 +33,9 @@ export class Stage {
 
   /**
    * @param {Dispatch} dispatch @param {(file: Snug.PictureFile) => string} urlOf
-   * @param {{key: (key: string) => boolean, missing: () => void, tell: (text: string) => void}} actions
-   *   tell: what the two pictures that are shown have to say
+   * @param {{key: (key: string) => boolean, missing: () => void, tell: (text: string) => void,
+   *   detail?: (number: number) => string}} actions
+   *   tell: what the two pictures that are shown have to say; detail: below a picture, instead of its numbers
    */
   constructor(dispatch, urlOf, actions) {
     this.dispatch = dispatch;
@@ -184,7 +185,7 @@ export class Stage {
       this.#labels.forEach((label, number) => {
         const [name, detail] = label.children;
         setText(name, nameOf(shown.pictures[number], number));
-        setText(detail, detailOf(shown, number, state.index));
+        setText(detail, this.actions.detail?.(number) ?? detailOf(shown, number, state.index));
         set(label, { title: `${name.textContent}\n${detail.textContent}` });
       });
       this.actions.tell("");

@@ -18,9 +18,10 @@ const NAMES = {
 /**
  * @param {(action: import("./state.mjs").Action) => void} dispatch
  * @param {{play: () => void}} actions play: starts and stops blinking
+ * @param {readonly import("./state.mjs").Mode[]} [offered] others than all: of two pictures that stay where they are
  */
-export function makeToolbar(dispatch, actions) {
-  const modes = MODES.map((mode) => {
+export function makeToolbar(dispatch, actions, offered = MODES) {
+  const modes = offered.map((mode) => {
     const [name, title] = NAMES[mode];
     return h("button", { ...button(title), "data-mode": mode, onclick: () => dispatch({ type: "mode", mode }) }, name);
   });
@@ -29,7 +30,10 @@ export function makeToolbar(dispatch, actions) {
   const swap = h("button", { ...button("Swap the two images"), onclick: () => dispatch({ type: "swap" }) }, "⇄");
   const pair = h("div", { class: "snug-tools" }, first, swap, second);
 
-  const play = h("button", { ...button("Start or stop blinking; space shows the other image"), onclick: actions.play });
+  // Where pictures stay where they are, nothing blinks by itself.
+  const isByHand = offered !== MODES;
+  const title = isByHand ? "Show the other image (space)" : "Start or stop blinking; space shows the other image";
+  const play = h("button", { ...button(title), onclick: actions.play });
   const interval = makeRange("Seconds", SHORTEST_INTERVAL, LONGEST_INTERVAL, 0.1, (seconds) =>
     dispatch({ type: "interval", seconds }),
   );
@@ -71,13 +75,14 @@ export function makeToolbar(dispatch, actions) {
   /** @param {Snug.Comparison} shown @param {import("./state.mjs").State} state @param {boolean} isPlaying */
   function update(shown, state, isPlaying) {
     for (const mode of modes) set(mode, { "aria-pressed": String(mode.dataset.mode === state.mode) });
-    pair.hidden = state.mode === "grid";
+    pair.hidden = state.mode === "grid" || isByHand;
+    interval.element.hidden = isByHand;
     blink.hidden = state.mode !== "blink";
     difference.hidden = state.mode !== "difference";
     batch.hidden = shown.count < 2;
     fillChoice(first, shown, state.first);
     fillChoice(second, shown, state.second);
-    setText(play, isPlaying ? "Pause" : "Play");
+    setText(play, isByHand ? "Other image" : isPlaying ? "Pause" : "Play");
     interval.set(state.interval, `${state.interval.toFixed(1)} s`);
     gain.set(Math.log2(state.gain), `${state.gain}×`);
     setText(legend.children[2], `${(100 / state.gain).toFixed(state.gain > 8 ? 1 : 0)}%`);

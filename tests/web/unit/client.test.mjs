@@ -3,7 +3,8 @@
 import assert from "node:assert/strict";
 import { createServer } from "node:http";
 import test from "node:test";
-import { EVENT, RequestError, TelemetryClient } from "../../../web/telemetry/client.mjs";
+import { RequestError } from "../../../web/request.mjs";
+import { EVENT, TelemetryClient } from "../../../web/telemetry/client.mjs";
 import { Store } from "../../../web/telemetry/store.mjs";
 import { history, prompt, sample } from "./records.mjs";
 

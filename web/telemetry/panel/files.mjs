@@ -1,7 +1,7 @@
 // @ts-check
 /** Export of the prompt that is shown, and the copy of diagnostics. */
 
-import { RequestError, messageOf } from "../client.mjs";
+import { RequestError, messageOf } from "../../request.mjs";
 import { asCsv, asJson } from "../export.mjs";
 import { latest } from "../state.mjs";
 import { toast } from "../toast.mjs";

@@ -1,7 +1,7 @@
 // @ts-check
 /** What the loaders of the workflow on the canvas will take, before it runs. */
 
-import { RequestError } from "../client.mjs";
+import { RequestError } from "../../request.mjs";
 import { bytes } from "../format.mjs";
 import { filesToLoad } from "../graph.mjs";
 import { latest } from "../state.mjs";

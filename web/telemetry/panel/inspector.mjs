@@ -1,7 +1,7 @@
 // @ts-check
 /** What a model file is made of and whether it fits, from its header. */
 
-import { messageOf } from "../client.mjs";
+import { messageOf } from "../../request.mjs";
 import { toast } from "../toast.mjs";
 import { copyText } from "./files.mjs";
 import { h, section, setText } from "../../dom.mjs";

@@ -1,7 +1,7 @@
 // @ts-check
 /** The panel in the sidebar: puts its parts together and keeps them up to date while it can be seen. */
 
-import { messageOf } from "../client.mjs";
+import { messageOf } from "../../request.mjs";
 import { bytes } from "../format.mjs";
 import { focusNode } from "../graph.mjs";
 import { highest, peakOf } from "../layout.mjs";
