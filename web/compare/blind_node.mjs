@@ -52,7 +52,7 @@ export function addBlindWidget(node, app, api) {
   const steps = h("div", { class: "snug-tools snug-votes" }, back, next, finish, copy, restart);
   const element = h(
     "div",
-    { class: "snug-node snug-compare snug-blind", "data-snug": "blind" },
+    { class: "snug-node snug-compare snug-blind widget-expands", "data-snug": "blind" },
     message,
     asked,
     toolbar.element,

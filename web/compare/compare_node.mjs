@@ -30,7 +30,7 @@ export function addCompareWidget(node, app, api) {
   const notes = h("div", { class: "snug-notes snug-problem", hidden: "" });
   const element = h(
     "div",
-    { class: "snug-node snug-compare", "data-snug": "compare" },
+    { class: "snug-node snug-compare widget-expands", "data-snug": "compare" },
     message,
     toolbar.element,
     stage.element,
