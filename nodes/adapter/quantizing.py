@@ -126,6 +126,7 @@ def _quantizing(patcher: Any, settings: QuantizeSettings, prefix: str) -> _Quant
     quantizing = _Quantizing(recipe, conversion)
     if settings.fit_gb:
         unload(model, patcher)  # weights are looked at before they are converted
+        quantizing.recipe = recipe = replace(recipe, fold=None)
         quantizing.mix = _mix(patcher, quantizing, prefix, settings)
         quantizing.recipe = replace(recipe, overrides=quantizing.mix.overrides)
     return quantizing

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from ..core.errors import SnugError
 from ..core.packed import PackedTensor
 from ..formats.scaled import format_called
 from ..memory.layerwise import SkipRules, parse_skip_patterns
+from ..writers.architecture import detect_architecture
 from ..writers.mixes import block_numbers
+from ..writers.plan import stored_shape
+from ..writers.precision import RULES, PrecisionRules
 from .calibration import LayerStatistics
 from .layers import LayerInfo
 from .target import AnyFormat, Target
@@ -25,7 +29,9 @@ class Recipe:
 
     overrides: layer name to format name, "" to keep the layer; these win over skip. importance: layer name to float32
     [in], the mean square of each input channel. positions: of the layers, see `block_numbers`. kinds: of layers that
-    are quantized at all. statistics: of each layer's input, for targets that need a calibration.
+    are quantized at all. statistics: of each layer's input, for targets that need a calibration. fold: how GGUF files
+    of the architecture hold rows that are no whole blocks: weights, kernels of convolutions too, are matrices of 256
+    columns, and blocks cross rows. Overrides are not folded.
     """
 
     target: Target
@@ -35,12 +41,14 @@ class Recipe:
     positions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     kinds: frozenset[str] = frozenset({"linear"})
     statistics: Mapping[str, LayerStatistics] = field(default_factory=dict)
+    fold: PrecisionRules | None = None
 
     def format_for(self, layer: LayerInfo) -> AnyFormat | None:
         """The format that the layer's weight gets; None: it stays as it is."""
         override = self.overrides.get(layer.name)
         if override is not None:
             return format_called(override) if override else None
+        layer = self._stored(layer)
         if layer.kind not in self.kinds or self.skip.reason(layer.name) is not None:
             return None
         return self.target.format_for(layer, *self.positions.get(layer.name, (0, 1)))
@@ -62,7 +70,22 @@ class Recipe:
             )
         if self.target.calibrated is not None:
             return self.target.calibrated(weight.detach(), fmt, statistics)
-        return self.target.encode(weight.detach(), fmt, importance)
+        stored = layer if layer.name in self.overrides else self._stored(layer)
+        if stored.shape == layer.shape:
+            return self.target.encode(weight.detach(), fmt, importance)
+        if importance is not None and layer.kind == "conv":
+            importance = importance.repeat_interleave(math.prod(layer.shape[2:]))
+        folded = self.target.encode(weight.detach().reshape(stored.shape), fmt, importance)
+        return PackedTensor(folded.data, folded.format, layer.shape)
+
+    def _stored(self, layer: LayerInfo) -> LayerInfo:
+        """The layer with the shape that its weight has in a GGUF file, where that makes another one of it."""
+        if self.fold is None or layer.kind == "embedding":
+            return layer
+        shape = stored_shape(layer.shape, self.fold)
+        return (
+            layer if shape == layer.shape or len(shape) != 2 else replace(layer, shape=shape, kind="linear")
+        )
 
     def describe(self) -> dict[str, Any]:
         """What was done, for the metadata of a file; JSON's types only."""
@@ -97,6 +120,7 @@ def make_recipe(
     known = [f"{name}.weight" for name in names] if parameters is None else parameters
     if isinstance(target, str):
         target = find_target(target)
+    rules = RULES.get(detect_architecture(known) or "") if target.backend == "gguf" else None
     if target.calibrated is not None and not statistics:
         raise SnugError(
             f"{target.name} needs a calibration, as it chooses the scales of activations beforehand: record one with "
@@ -110,4 +134,5 @@ def make_recipe(
         block_numbers(names),
         frozenset(kinds),
         dict(statistics or {}),
+        rules if rules is not None and rules.fold_rows and not is_text_encoder else None,
     )

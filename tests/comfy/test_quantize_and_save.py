@@ -84,9 +84,9 @@ def test_every_backend(twins: Callable[[str, str], Twins], comfy_server: ComfySe
     dense = twins("sd3", "F32").dense
     first, second = (build_workflow("sd3", "dense", dense.name, steps=2) for _ in range(2))
     sampler = first.pop("sampler")["inputs"]
-    for workflow in (first, second):
-        workflow.pop("save")
-    second.pop("sampler"), second.pop("model")
+    for workflow, names in ((first, ["save"]), (second, ["save", "sampler", "model"])):
+        for name in names:
+            workflow.pop(name)
     shared = ("positive", "negative", "cfg", "sampler_name", "scheduler", "steps")
     calibrate = {key: sampler[key] for key in shared}
     calibrate |= {"model": ["model", 0], "latent_image": ["latent", 0], "seed": 7}

@@ -172,3 +172,29 @@ def test_clip(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model
     assert model.relative_error(encode(new), encode(other)) < 1e-5
     assert 1e-3 < model.relative_error(encode(new), before) < 0.2
     assert torch.equal(encode(clip), before)
+
+
+@pytest.mark.parametrize("target", ["GGUF Q4_K", "GGUF Q8_0"])
+def test_rows_that_are_no_blocks_are_folded_as_in_files(target: str, twins: Any, model: Any) -> None:
+    """Stable Diffusion's convolutions and narrow layers: as GGUF files hold them, and with LoRA."""
+    from snug.nodes.adapter.layout import packed_tensor
+    from snug.quant_backends.formats import FORMATS
+    from snug.quant_backends.kernels.dequantize import quantize_packed
+
+    _, dense = twins("sd15", "F32").load()
+    new, _ = quantize(dense, target)
+    formats = {
+        name: packed_tensor(layer.weight).format.name for name, layer in model.packed_modules(new.model)
+    }
+    kernels = [name for name in formats if new.model.get_submodule(name).weight.dim() == 4]
+    assert kernels and not any("input_blocks.0.0" in name or name.endswith("out.2") for name in formats)
+    for name in kernels[:3]:
+        weight = dense.model.get_submodule(name).weight.detach().float()
+        fmt = FORMATS[target.removeprefix("GGUF ")]
+        expected = quantize_packed(weight.reshape(-1, 256), fmt)
+        assert torch.equal(packed_tensor(new.model.get_submodule(name).weight).data, expected.data)
+    lora = model.make_lora(new.model, 1)
+    wanted = model.run(model.with_lora(new, lora), load=True)
+    _, other = twins("sd15", "F32").load()
+    round_in_place(other, new, model)
+    assert model.relative_error(wanted, model.run(model.with_lora(other, lora), load=True)) < 1e-5

@@ -128,7 +128,7 @@ def recorded(patcher: Any, model: Any) -> Any:
     return recorder.calibration(calls=1)
 
 
-@pytest.mark.parametrize("target", ["GGUF Q4_0", "FP8 e4m3fn per row"])
+@pytest.mark.parametrize("target", ["GGUF Q4_K_S", "FP8 e4m3fn per row"])
 @pytest.mark.parametrize("family", ["sd15", "wan", "ltxv"])
 def test_families(family: str, target: str, tmp_path: Path, model: Any) -> None:
     import comfy.sd

@@ -8,13 +8,16 @@ import pytest
 import torch
 from snug.quant_backends.core.backend import BACKENDS
 from snug.quant_backends.core.errors import SnugError
+from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.formats.scaled import format_called
-from snug.quant_backends.kernels.dequantize import dequantize_packed
+from snug.quant_backends.kernels.dequantize import dequantize_packed, quantize
 from snug.quant_backends.quantization import LayerInfo, find_target, make_recipe, targets
 from snug.quant_backends.registry import BACKENDS as REGISTERED
 
 AVAILABLE = [target for target in targets().values() if not target.unavailable]
 
+# Names that tell Stable Diffusion 1.
+SD1 = ("input_blocks.0.0.weight", "time_embed.0.weight")
 FLUX = [
     LayerInfo("img_in", (256, 64)),
     *(LayerInfo(f"double_blocks.{number}.img_attn.proj", (256, 256)) for number in range(3)),
@@ -75,6 +78,23 @@ def test_rows_that_are_no_whole_blocks_are_kept() -> None:
     narrow = LayerInfo("double_blocks.0.x", (64, 40))
     assert make_recipe("GGUF Q8_0", [narrow], skip="").format_for(narrow) is None
     assert make_recipe("FP8 e4m3fn per row", [narrow], skip="").format_for(narrow) is not None
+
+
+def test_kernels_of_stable_diffusion_are_folded_with_their_importance() -> None:
+    """As GGUF files hold them; of other architectures, and in other formats, they stay."""
+    kernel = LayerInfo("input_blocks.1.0.in_layers.2", (64, 32, 3, 3), "conv", torch.float32)
+    weight = torch.randn(kernel.shape, generator=torch.Generator().manual_seed(1))
+    mean_square = torch.rand(32, generator=torch.Generator().manual_seed(2))
+    recipe = make_recipe("GGUF Q4_K", [kernel], SD1, importance={kernel.name: mean_square})
+    packed = recipe.quantize(kernel, weight)
+    expected = quantize(weight.view(-1, 256), FORMATS["Q4_K"], mean_square.repeat_interleave(9))
+    assert packed is not None and packed.shape == kernel.shape
+    assert torch.equal(packed.data, expected.view(-1))
+    assert not torch.equal(packed.data, quantize(weight.view(-1, 256), FORMATS["Q4_K"]).view(-1))
+    odd = LayerInfo("input_blocks.1.0.x", (5, 3, 3, 3), "conv")
+    assert recipe.format_for(odd) is None
+    assert make_recipe("GGUF Q4_K", [kernel], skip="").format_for(kernel) is None
+    assert make_recipe("INT8 per row", [kernel], SD1).format_for(kernel) is None
 
 
 def test_wrong_names_and_calibrations_are_explained() -> None:
