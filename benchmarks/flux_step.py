@@ -9,8 +9,8 @@ The model has Flux's real layers (hidden size 3072, 24 heads of 128, context 409
 its files are made once and kept. Measured is one `apply_model` call (what a sampler does per step) with the
 pack's own loader, in float32 as ComfyUI computes on a CPU. Each round runs every contender once, in turn, and the
 median over the rounds counts, or the best one (--statistic best). Beside the time is that of the processor, all threads
-together, which other processes of the machine hardly change. Snug runs with torch alone, and with libgguf where that is
-installed. The error is the relative difference of the result from the dense model's: that of
+together, which other processes of the machine hardly change. Where libgguf is installed, Snug decodes with it, and a
+second time with torch alone. The error is the relative difference of the result from the dense model's: that of
 the quantization, if the pack decodes rightly. Memory is the weights' as ComfyUI accounts for it.
 """
 
@@ -48,7 +48,7 @@ SIZES = {"hidden_size": 3072, "num_heads": 24, "context_in_dim": 4096}
 POOLED_WIDTH = 768
 STATISTICS = {"median": statistics.median, "best": min}
 COLUMNS = (("seconds", 3), ("ratio", 2), ("processor_ratio", 2))  # each with its digits
-SNUG, NATIVE, PEER = "Snug", "with libgguf", "peer"
+SNUG, TORCH, PEER = "snug", "torch alone", "peer"
 
 
 def make_dense_file(path: Path, double: int, single: int) -> None:
@@ -106,7 +106,7 @@ def load_models(files: dict[str, Path], peer: Any) -> dict[tuple[str, str], Any]
             continue
         models[SNUG, name] = snug.load_diffusion_model(str(path))
         if native.unavailable() is None:
-            models[NATIVE, name] = models[SNUG, name]
+            models[TORCH, name] = models[SNUG, name]
         if peer is not None:
             models[PEER, name] = peer.load_unet(path.name)[0]
     management.load_models_gpu(list(models.values()), force_full_load=True)
@@ -138,7 +138,7 @@ def measure(
     processor: dict[tuple[str, str], list[float]] = {key: [] for key in models}
     for _ in range(rounds):
         for key, patcher in models.items():
-            with torch_only() if key[0] == SNUG else nullcontext():
+            with torch_only() if key[0] == TORCH else nullcontext():
                 started, worked = time.perf_counter(), time.process_time()
                 results[key] = patcher.model.apply_model(**inputs)
             times[key].append(time.perf_counter() - started)
@@ -166,7 +166,7 @@ def measure(
 def case_table(case: dict[str, Any]) -> str:
     """One measured case in Markdown: a row per format, Snug and the peer side by side."""
     records = {(record["loader"], record["format"]): record for record in case["records"]}
-    loaders = [loader for loader in (NATIVE, SNUG, PEER) if any(loader == key[0] for key in records)]
+    loaders = [loader for loader in (SNUG, TORCH, PEER) if any(loader == key[0] for key in records)]
     header = ["format"]
     for loader in loaders:
         header += [f"{loader} {column}" for column in ("s/step", "/ dense", "processor / dense")]
