@@ -132,6 +132,10 @@ def steps(result: Any) -> float | None:
     )
 
 
+def to_the_kernel(result: Any) -> float | None:
+    return worst(record["kernel"] for record in result["records"] if record["kernel"] is not None)
+
+
 def bandwidth(*formats: str) -> Callable[[Any], float | None]:
     """The smallest part of the copy's bandwidth of these formats, or of all."""
 
@@ -190,6 +194,7 @@ TARGETS = (
         "CPU, one thread: best-known pack's time / ours", 3, "dequantize-cpu", decoding("peer"), at_least=True
     ),
     Target("CPU: GGUF step / dense", 1.5, "flux-step-cpu", steps),
+    Target("Linear.forward to the kernel, µs", 60, "host-time-cpu", to_the_kernel),
 )
 
 

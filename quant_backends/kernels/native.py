@@ -118,9 +118,14 @@ def _in_parts(
         decode_rows(fmt.ggml_type, source[start:stop], target[start:stop], 1, weights)
 
     *others, last = range(0, count, step)
+    if not others:
+        decode(last)
+        return
     running = [_threads().submit(decode, start) for start in others]
-    decode(last)
-    wait(running)
+    try:
+        decode(last)
+    finally:
+        wait(running)
     for each in running:
         each.result()
 
