@@ -27,7 +27,7 @@ import torch
 from ..core.errors import SnugError
 from .base import Scratch
 from .four_bit_encoder import FourBitEncoder
-from .scaled_base import FLOATS, ScaledFormat, rows_and_columns
+from .scaled_base import FLOATS, ScaledFormat, repeated, rows_and_columns
 
 if TYPE_CHECKING:
     from ..core.packed import PackedTensor
@@ -111,9 +111,8 @@ class BitsAndBytes4Bit(ScaledFormat):
         absmax = parts["absmax"].view(-1)[begin:end]
         if not self.nested:
             return absmax.float()
-        owners = torch.arange(begin, end, dtype=torch.int32, device=absmax.device) // self.nested
         values = torch.index_select(parts["nested_quant_map"].view(-1), 0, absmax.int())
-        scales = torch.index_select(parts["nested_absmax"].view(-1), 0, owners)
+        scales = repeated(parts["nested_absmax"].view(-1), self.nested, begin, end)
         return values.mul_(scales).add_(parts["nested_offset"].view(()))
 
 

@@ -30,6 +30,14 @@ def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+def repeated(numbers: torch.Tensor, times: int, start: int, stop: int) -> torch.Tensor:
+    """numbers [n, …], each `times` times in a row; of the n * times rows those from start to stop."""
+    first = start // times
+    part = numbers[first : -(-stop // times)].unsqueeze(1)
+    rows = part.expand(-1, times, *numbers.shape[1:]).flatten(0, 1)
+    return rows[start - first * times : stop - first * times]
+
+
 class ScaledFormat:
     """One way to store a weight; subclasses are frozen, slotted dataclasses. Compare and hash by value."""
 

@@ -33,7 +33,7 @@ from .base import Scratch
 from .float8 import to_float32
 from .roundings import BITSANDBYTES, CAST, OWN, TORCHAO
 from .row_encoder import ElementEncoder
-from .scaled_base import FLOATS, ScaledFormat, rows_and_columns
+from .scaled_base import FLOATS, ScaledFormat, repeated, rows_and_columns
 
 if TYPE_CHECKING:
     from ..core.packed import PackedTensor
@@ -144,7 +144,7 @@ class ScaledElements(ScaledFormat):
         if self.block[0] == 1:
             numbers = numbers[start : start + rows]
         elif self.block[0]:
-            numbers = numbers[torch.arange(start, start + rows, device=part.device) // self.block[0]]
+            numbers = repeated(numbers, self.block[0], start, start + rows)
         numbers = numbers.to(values.dtype)
         if across > 1 and columns % self.block[1] == 0:
             operation(values.view(rows, across, self.block[1]), numbers[:, :, None])
