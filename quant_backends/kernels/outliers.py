@@ -32,7 +32,7 @@ class Outliers:
         self._mask = torch.zeros(columns, dtype=torch.bool, device=inputs.device)
         self._mask.scatter_(0, self._columns, self._chosen)
         shape = (rows, len(self._columns))
-        values = torch.empty(shape, device=inputs.device)
+        values = torch.empty(shape, dtype=torch.float32, device=inputs.device)
         data = weight.data.view(weight.shape).index_select(1, self._columns)
         WEIGHT.decode_rows(data, weight.parts, shape, 0, rows, values, Scratch(inputs.device, 0))
         self._weight = values.to(inputs.dtype)
