@@ -19,6 +19,7 @@ class SnugExtension(ComfyExtension):
         from .blind_test import SnugBlindTest
         from .calibrate import SnugCalibrate, SnugCalibrateTextEncoder, SnugLoadCalibration
         from .compare_images import SnugCompareImages
+        from .fast_matmul import SnugFastMatmul
         from .group_offload import SnugGroupOffload, SnugGroupOffloadCLIP
         from .layerwise_casting import SnugLayerwiseCasting, SnugLayerwiseCastingCLIP
         from .load_checkpoint import SnugLoadCheckpoint
@@ -32,6 +33,7 @@ class SnugExtension(ComfyExtension):
         from .precision import SnugPrecision, SnugPrecisionCLIP, SnugPrecisionVAE
         from .quantize import SnugQuantizeModel, SnugQuantizeTextEncoder
         from .save import SnugSaveModel, SnugSaveTextEncoder
+        from .spare_memory_cache import SnugSpareMemoryCache
         from .torch_compile import SnugTorchCompile
         from .vram_monitor import SnugVRAMMonitor
 
@@ -54,6 +56,8 @@ class SnugExtension(ComfyExtension):
             SnugPrecisionCLIP,
             SnugPrecisionVAE,
             SnugLoraMode,
+            SnugFastMatmul,
+            SnugSpareMemoryCache,
             SnugMemoryBudget,
             SnugModelInspector,
             SnugVRAMMonitor,

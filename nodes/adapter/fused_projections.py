@@ -112,9 +112,11 @@ class FusedProjections:
 
 
 def _decodes(layer: PackedLinear) -> bool:
-    """Whether the layer decodes its weight for each call; LoRA beside the weight, or kept merged, and products in 8
-    bits are other ways."""
+    """Whether the layer decodes its weight for each call; LoRA beside the weight, or kept merged, copies of the weight
+    and products in 8 bits are other ways."""
     patches = layer.weight_patches
+    if layer.weight_copy is not None or layer.product is not None:
+        return False
     if not is_packed(layer.weight) or isinstance(packed_tensor(layer.weight).format, PRODUCTS):
         return False
     return patches is None or (patches.branch is None and patches.kept is None)

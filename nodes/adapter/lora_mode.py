@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .core_float8 import is_plain_float8, packed_float8
 from .lora_bake import bake
 from .lora_report import bake_report, mode_report
-from .lora_settings import AUTOMATIC, BRANCH, MERGE, LoraSettings, set_lora_settings
+from .lora_settings import AUTOMATIC, BRANCH, MERGE, LoraSettings, lora_settings, set_lora_settings
 from .provenance import with_recipe
 from .reweight import replaceable_layers, reweight
 
@@ -24,16 +25,16 @@ def set_lora_mode(patcher: Any, mode: str, cache: bool) -> tuple[Any, str]:
     if mode == BAKE:
         new, baking = bake(patcher)
         with_recipe(new, {"lora_baked_layers": len(baking.baked)})
-        settings = LoraSettings(MERGE, cache)
+        settings = replace(lora_settings(new), mode=MERGE, cache=cache)
         report = bake_report(baking, new, settings)
     else:
-        new, settings = _with_packed_float8(patcher), LoraSettings(mode, cache)
+        new, settings = with_packed_float8(patcher), LoraSettings(mode, cache)
         report = mode_report(new, settings)
     set_lora_settings(new, settings)
     return new, report
 
 
-def _with_packed_float8(patcher: Any) -> Any:
+def with_packed_float8(patcher: Any) -> Any:
     """A clone; of a model with plain float8 weights one in which they are packed, sharing their bytes."""
     if not any(is_plain_float8(layer) for _, layer in replaceable_layers(patcher.model)):
         return patcher.clone()

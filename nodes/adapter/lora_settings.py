@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 AUTOMATIC = "automatic"
@@ -17,10 +17,16 @@ class LoraSettings:
     """mode: AUTOMATIC, MERGE or BRANCH; the defaults are what a model without the node does.
 
     cache: whether weights with costly patches are kept merged and decoded where memory allows.
+    beside: keys of weights that have AUTOMATIC where the others have MERGE, as they multiply in 8 bits.
     """
 
     mode: str = MERGE
     cache: bool = False
+    beside: frozenset[str] = frozenset()
+
+    def of_weight(self, key: str) -> LoraSettings:
+        """What holds for one weight."""
+        return replace(self, mode=AUTOMATIC) if self.mode == MERGE and key in self.beside else self
 
 
 _DEFAULT = LoraSettings()

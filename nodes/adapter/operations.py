@@ -5,6 +5,7 @@ A new class is built for each load, so settings of one model never reach another
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.ops
@@ -57,7 +58,15 @@ def build_operations(load_settings: LoadSettings) -> type[comfy.ops.manual_cast]
 
 
 class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
-    """Linear that never allocates its dense weight: torch would reserve the whole model at construction."""
+    """Linear that never allocates its dense weight: torch would reserve the whole model at construction.
+
+    product: another way to multiply, for the time of a call: (layer, input, its packed weight, its bias) -> output, or
+    None to multiply as usual.
+    """
+
+    product: Callable[[PackedLinear, torch.Tensor, Any, torch.Tensor | None], torch.Tensor | None] | None = (
+        None
+    )
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
@@ -110,13 +119,26 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
         with self.cast_weight(input) as (weight, bias):
-            if is_packed(weight):
-                if not self.patched():
-                    return packed_linear(input, weight, bias)
-                branch = self.branch_for(input)
-                if branch is not None:
-                    return branch.add_to(packed_linear(input, weight, bias), input)
-            return F.linear(input, self.weight_for(input, weight), bias)
+            if not is_packed(weight):
+                return F.linear(input, self.weight_for(input, weight), bias)
+            if self.product is not None:
+                output = self.product(self, input, weight, bias)
+                if output is not None:
+                    return output
+            branch = self.branch_for(input)
+            if branch is not None:
+                return branch.add_to(self._unpatched(input, weight, bias), input)
+            if self.patched():
+                return F.linear(input, self.weight_for(input, weight), bias)
+            return self._unpatched(input, weight, bias)
+
+    def _unpatched(self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer without its LoRA."""
+        copy = self.weight_copy
+        dense = None if copy is None else copy.merged(None, input.dtype)
+        if dense is None or input.requires_grad:
+            return packed_linear(input, weight, bias)
+        return F.linear(input, dense, bias)
 
     def branch_for(self, input: torch.Tensor) -> SideBranch | None:
         """The patches as a branch beside the weight, if this call is to take it and nothing else is to be merged."""

@@ -16,6 +16,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from .layout import is_packed, stored_nbytes, unpack, with_dtype
 from .patches import WeightPatches
 from .state_tensor import PackedStateTensor
+from .weight_copies import WeightCopy
 
 
 @dataclass
@@ -34,6 +35,7 @@ class PackedWeightModule(torch.nn.Module):
     weight_patches, hook_patches, weight_wrappers: what is applied to the packed weight, in this order, whenever
     it is decoded; set by the model patcher. (ComfyUI's own `weight_function` would make core copy the weight
     and hand it over decoded in the compute dtype, or in older versions packed.)
+    weight_copy: what would be worked out of the weight in each call, where there was memory to keep it.
     """
 
     settings: LoadSettings
@@ -44,6 +46,7 @@ class PackedWeightModule(torch.nn.Module):
     weight_patches: WeightPatches | None = None
     hook_patches: WeightPatches | None = None
     weight_wrappers: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
+    weight_copy: WeightCopy | None = None
 
     # ---- the weight, decoded -------------------------------------------------------------------------------
 
@@ -77,11 +80,17 @@ class PackedWeightModule(torch.nn.Module):
 
     def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The patched weight that is kept decoded, if nothing else is to be applied to it."""
-        kept = None if self.weight_patches is None else self.weight_patches.kept
-        others = self.hook_patches or self.weight_wrappers or self.weight_function
-        if kept is None or kept.dtype != dtype or others:
+        if self.changed_for_a_while():
             return None
-        return kept
+        patches = self.weight_patches
+        kept = None if patches is None else patches.kept
+        if kept is not None and kept.dtype == dtype:
+            return kept
+        return None if self.weight_copy is None else self.weight_copy.merged(patches, dtype)
+
+    def changed_for_a_while(self) -> bool:
+        """Whether anything but the LoRA of the model is applied to the weight."""
+        return bool(self.hook_patches or self.weight_wrappers or self.weight_function)
 
     @contextmanager
     def cast_weight(
@@ -180,6 +189,7 @@ class PackedWeightModule(torch.nn.Module):
         for function in (self.weight_patches, self.hook_patches, *self.weight_wrappers):
             if function is not None:
                 memo[id(function)] = function  # never changed, and they may hold another model's weights
+        memo[id(self.weight_copy)] = None  # a copied model makes its own
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))

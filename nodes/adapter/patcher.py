@@ -18,6 +18,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .compat import is_dynamic, is_low_vram_patch
+from .extra_memory import count_extra, extra_bytes, forget_extra
 from .layout import is_packed, unpack, warm_up
 from .lora_settings import lora_settings
 from .offload_units import is_streamed
@@ -25,6 +26,7 @@ from .packed_module import PackedWeightModule, packed_modules
 from .patches import WeightPatches, adapter_bytes, needs_original
 from .side_branch import side_branch
 from .state_tensor import PackedStateTensor
+from .weight_copies import copies_of, release_copies
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher as _Base
@@ -77,14 +79,20 @@ class PackedPatcher(_Base):
                 module.weight_patches = None
                 continue
             dtype = compute_dtype or module.weight.dtype
-            state = (self.patches_uuid, device, settings, dtype)
+            of_weight = settings.of_weight(key)
+            state = (self.patches_uuid, device, of_weight.mode, settings.cache, dtype)
             if current is None or current.state != state:
                 patches = self.patches[key]
-                branch = side_branch(module, patches, device, dtype, settings)
+                branch = side_branch(module, patches, device, dtype, of_weight)
                 module.weight_patches = WeightPatches(key, patches, device, branch, state)
         if settings.cache and room > 0:
             self._keep_merged([module for _, module in modules], compute_dtype, room)
-        self._count_factors(sum(m.weight_patches.nbytes for _, m in modules if m.weight_patches is not None))
+        factors = sum(m.weight_patches.nbytes for _, m in modules if m.weight_patches is not None)
+        count_extra(self.model, _FACTORS, factors)
+        copies = copies_of(self.model)
+        if copies is not None:
+            copies.drop_out_of_date()
+            copies.count()
 
     def _keep_merged(
         self, modules: list[PackedWeightModule], compute_dtype: torch.dtype | None, room: float
@@ -121,7 +129,7 @@ class PackedPatcher(_Base):
         for found in kept:
             found.kept = None
         freed = nbytes - sum(found.nbytes for found in kept)
-        self._count_factors(getattr(self.model, _FACTOR_BYTES, 0) - freed)
+        count_extra(self.model, _FACTORS, extra_bytes(self.model, _FACTORS) - freed)
         return freed
 
     def _compute_device(self, module: PackedWeightModule) -> torch.device | None:
@@ -139,14 +147,9 @@ class PackedPatcher(_Base):
         free = comfy.model_management.get_free_memory(self.load_device) + held
         return nbytes < free - comfy.model_management.minimum_inference_memory()
 
-    def _count_factors(self, nbytes: int) -> None:
-        """Adds the factors' bytes to what core believes is loaded, in place of what was added before."""
-        self.model.model_loaded_weight_memory += nbytes - getattr(self.model, _FACTOR_BYTES, 0)
-        setattr(self.model, _FACTOR_BYTES, nbytes)
-
     def load(self, device_to: Any = None, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
         result = super().load(device_to, lowvram_model_memory, *args, **kwargs)
-        setattr(self.model, _FACTOR_BYTES, 0)  # core has counted anew
+        forget_extra(self.model)  # core has counted anew
         # 0: as much as it takes
         budget = lowvram_model_memory - self.model.model_loaded_weight_memory
         self._attach_patches(self._room(budget if lowvram_model_memory else math.inf))
@@ -156,6 +159,9 @@ class PackedPatcher(_Base):
     def partially_load(self, device_to: Any, extra_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
         """Core does not load again what differs in the way of applying LoRA alone."""
         model = self.model
+        copies = copies_of(model)
+        if copies is not None:
+            copies.reconsider()
         is_whole = model.model_loaded_weight_memory > 0 and not (model.model_lowvram or is_dynamic(self))
         is_loaded = is_whole and model.current_weight_patches_uuid == self.patches_uuid
         result = super().partially_load(device_to, extra_memory, *args, **kwargs)
@@ -173,14 +179,17 @@ class PackedPatcher(_Base):
             warm_up(weight, self.load_device)
 
     def partially_unload(self, device_to: Any, memory_to_free: float = 0, *args: Any, **kwargs: Any) -> Any:
-        dropped = self._drop_kept()
+        dropped = release_copies(self.model, memory_to_free)
+        if dropped and dropped >= memory_to_free:
+            return dropped
+        dropped += self._drop_kept()
         if dropped and dropped >= memory_to_free:
             return dropped
         freed = super().partially_unload(device_to, memory_to_free - dropped, *args, **kwargs)
         if not is_dynamic(self):  # there core only drops pages
             self._attach_patches()
         elif self.model.model_loaded_weight_memory == 0:  # or everything: it takes the factors for freed, too
-            setattr(self.model, _FACTOR_BYTES, 0)
+            forget_extra(self.model)
             self._attach_patches(0, False)
         return dropped + freed
 
@@ -189,13 +198,23 @@ class PackedPatcher(_Base):
             # Core takes the mark of offloaded layers away only if there are any. A compute dtype puts it on all, and
             # the next time that layers are offloaded, those that have it are left without their LoRA.
             self.model.model_lowvram = True
+        if unpatch_weights:
+            release_copies(self.model)
+            if (copies := copies_of(self.model)) is not None:
+                copies.reconsider()
         result = super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for _, module in packed_modules(self.model):
                 module.weight_patches = None
                 module.weight_wrappers = ()
-            setattr(self.model, _FACTOR_BYTES, 0)
+            forget_extra(self.model)
         return result
+
+    def cleanup(self) -> None:
+        """Core calls this after sampling. With dynamic VRAM it asks no model for memory: it takes pages away."""
+        if is_dynamic(self):
+            release_copies(self.model)
+        super().cleanup()
 
     def patch_weight_to_device(self, key: str, device_to: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Core's "merge the patches into this weight now": packed weights stay as they are.
@@ -282,8 +301,8 @@ class PackedPatcher(_Base):
         return state_dict
 
 
-# Attribute of the model: bytes of low-rank factors and kept weights that are counted as loaded.
-_FACTOR_BYTES = "snug_factor_bytes"
+# What low-rank factors and weights that are kept merged are counted as.
+_FACTORS = "factors"
 
 
 def _codes(weight: QuantizedTensor) -> torch.nn.Parameter:

@@ -7,8 +7,7 @@ another forward when ComfyUI calls the model and lose it when the call returns, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,11 +19,11 @@ from .attention import COMFYUIS_CHOICE, set_attention
 from .fused_projections import FusedProjections, find_projections, fused_forward
 from .loading import COMPUTE_DTYPES
 from .precision_islands import Island, find_islands
+from .temporary_attributes import Change, temporary_attributes
 
 WRAPPER_KEY = "snug_precision"
 # What lets ComfyUI's layers cast their weights to their input; the second is newer ComfyUI's, for its quantized layers.
 CAST_FLAGS = ("comfy_cast_weights", "comfy_force_cast_weights")
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,11 @@ class PrecisionWrapper:
         islands = parts.islands if (model.manual_cast_dtype or model.get_dtype()) in HALVES else []
         casting = ((layer, name, True) for layer in parts.casting for name in CAST_FLAGS)
         try:
-            with _attributes(casting), _attributes(_fused(parts.projections)), _attributes(_raised(islands)):
+            with (
+                temporary_attributes(casting),
+                temporary_attributes(_fused(parts.projections)),
+                temporary_attributes(_raised(islands)),
+            ):
                 return executor(*args, **kwargs)
         finally:
             for group in parts.projections:
@@ -119,11 +122,7 @@ class PrecisionWrapper:
         return self._parts[model]
 
 
-# (module, name of an attribute, its value for the time of a call)
-_Change = tuple[Any, str, Any]
-
-
-def _raised(islands: list[Island]) -> Iterator[_Change]:
+def _raised(islands: list[Island]) -> Iterator[Change]:
     """Lets layers calculate in float32, around whatever their forward is at the moment."""
     for island in islands:
         forward = island.layer.forward
@@ -132,26 +131,9 @@ def _raised(islands: list[Island]) -> Iterator[_Change]:
             yield island.layer, "forward", island.forward
 
 
-def _fused(groups: list[FusedProjections]) -> Iterator[_Change]:
+def _fused(groups: list[FusedProjections]) -> Iterator[Change]:
     """Lets groups multiply as one, except where a compiler or another node has given a layer its own forward."""
     for group in groups:
         if not any("forward" in layer.__dict__ for layer in group.layers):
             for index, layer in enumerate(group.layers):
                 yield layer, "forward", fused_forward(group, index)
-
-
-@contextmanager
-def _attributes(changes: Iterable[_Change]) -> Iterator[None]:
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for module, name, value in changes:
-            attributes = module.__dict__
-            replaced.append((attributes, name, attributes.get(name, _ABSENT)))
-            attributes[name] = value
-        yield
-    finally:
-        for attributes, name, previous in reversed(replaced):
-            if previous is _ABSENT:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = previous

@@ -10,6 +10,8 @@ import torch
 
 # Compute capabilities from which NVIDIA's matrix units multiply these (Turing, Ada).
 _INT8, _FLOAT8 = (7, 5), (8, 9)
+# Major capability of the cards that have given up int8.
+_NO_INT8 = 10
 
 
 def multiplies_int8(device: torch.device) -> bool:
@@ -20,6 +22,20 @@ def multiplies_int8(device: torch.device) -> bool:
 def multiplies_float8(device: torch.device) -> bool:
     """Whether torch._scaled_mm runs there faster than a float matmul; on CPUs it exists and does not."""
     return _capability(device) >= _FLOAT8
+
+
+def faster_product(device: torch.device) -> str | None:
+    """The 8-bit numbers that a device multiplies faster than wider ones, by torch's name; None for neither.
+
+    int8 where it has both, as with rotated channels it is the more exact; the data-centre cards of Blackwell have
+    next to no units for it.
+    """
+    if device.type == "cpu":
+        return "int8" if getattr(torch.cpu, "_is_vnni_supported", bool)() else None
+    capability = _capability(device)
+    if capability[0] == _NO_INT8:
+        return "float8_e4m3fn"
+    return "int8" if capability >= _INT8 else None
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

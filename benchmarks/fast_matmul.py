@@ -1,0 +1,129 @@
+"""One step of a Flux, exact and multiplied in 8 bits, with and without copies of the weights in memory, side by side.
+
+    python benchmarks/fast_matmul.py --markdown benchmarks/results/fast-matmul-cpu.md \
+        --json benchmarks/results/fast-matmul-cpu.json
+    python benchmarks/fast_matmul.py --formats "GGUF Q8_0" "GGUF Q4_K" "bitsandbytes NF4"
+
+Needs a ComfyUI in $SNUG_COMFYUI_PATH; sizes as in flux_blocks.py. All ways take turns in one run; each is a model of
+its own. The first call of each, which makes the copies, is not counted. Error: of the result, relative to that of the
+same weights multiplied exactly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from flux_model import (
+    Size,
+    add_size_arguments,
+    caller,
+    comfyui_version,
+    dense_model,
+    load,
+    quantized,
+    random_weights,
+    start,
+)
+from report import add_output_arguments, command_line, environment, heading, save, table
+from timing import interleaved
+
+EXACT = "exact"
+
+
+def ways() -> dict[str, Callable[[Any], Any]]:
+    """What is measured: by name, from a MODEL to the one that multiplies in this way."""
+    set_fast_matmul = importlib.import_module("snug.nodes.adapter.fast_matmul").set_fast_matmul
+    set_spare_memory = importlib.import_module("snug.nodes.adapter.spare_memory_report").set_spare_memory
+
+    def fast(mode: str, keep: bool) -> Callable[[Any], Any]:
+        return lambda patcher: set_fast_matmul(patcher, mode, "default", keep)[0]
+
+    return {
+        EXACT: lambda patcher: patcher,
+        "decoded weights kept": lambda patcher: set_spare_memory(patcher, 0)[0],
+        "int8, rounded weights kept": fast("int8", True),
+        "int8, rounded in each call": fast("int8", False),
+        "int8, rounded or decoded weights kept": lambda patcher: set_spare_memory(
+            fast("int8", True)(patcher), 0
+        )[0],
+        "fp8, rounded weights kept": fast("fp8", True),
+    }
+
+
+def measure(
+    formats: list[str], weights: dict[str, torch.Tensor], size: Size, device: torch.device, rounds: int
+) -> list[dict[str, Any]]:
+    """A record for each format and way."""
+    copies_of = importlib.import_module("snug.nodes.adapter.weight_copies").copies_of
+    dense, records = dense_model(weights), []
+    for name in formats:
+        models = {"dense": dense}
+        for way, make in ways().items():
+            models[way] = make(quantized(dense, name))
+        load(*models.values())
+        runs = {way: caller(patcher, size) for way, patcher in models.items()}
+        results = {way: run() for way, run in runs.items()}
+        times = interleaved(runs, rounds, device)
+        exact = results[EXACT]
+        for way, patcher in models.items():
+            copies = copies_of(patcher.model)
+            error = (results[way] - exact).float().norm() / exact.float().norm()
+            records.append(
+                {
+                    "format": name,
+                    "way": way,
+                    "seconds": times[way].seconds(),
+                    "dense_ratio": times[way].seconds() / times["dense"].seconds(),
+                    "exact_ratio": times[way].seconds() / times[EXACT].seconds(),
+                    "error": float(error),
+                    "weight_bytes": patcher.model_size(),
+                    "copy_bytes": 0 if copies is None else copies.nbytes,
+                }
+            )
+        for way, patcher in models.items():
+            if way != "dense":
+                patcher.detach()
+        del models, runs, patcher, results  # or ComfyUI speaks of a leak
+        gc.collect()
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_size_arguments(parser)
+    parser.add_argument("--formats", nargs="+", default=["GGUF Q8_0", "GGUF Q4_K"], help="targets")
+    add_output_arguments(parser)
+    options = parser.parse_args()
+    command = command_line(comfyui=None)
+    device, size = start(options)
+    facts = {**environment("comfy-kitchen"), "ComfyUI": comfyui_version(), "model": str(size)}
+    facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    facts["threads"] = str(torch.get_num_threads())
+    records = measure(options.formats, random_weights(size, device), size, device, options.rounds)
+    header = ["format, way", "step ms", "/ dense", "/ exact", "error", "weights MB", "copies MB"]
+    rows = [
+        [
+            f"{record['format']}, {record['way']}",
+            f"{record['seconds'] * 1e3:.1f}",
+            f"{record['dense_ratio']:.2f}",
+            f"{record['exact_ratio']:.2f}",
+            f"{record['error']:.2%}",
+            f"{record['weight_bytes'] / 1e6:.0f}",
+            f"{record['copy_bytes'] / 1e6:.0f}",
+        ]
+        for record in records
+    ]
+    text = f"{heading('Fast matmul and copies of weights', command, facts)}\n{table(header, rows)}\n"
+    print(text)
+    save(options, text, {"command": command, "environment": facts, "records": records})
+
+
+if __name__ == "__main__":
+    main()
