@@ -13,7 +13,7 @@ from snug.quant_backends.core.errors import SnugError
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.formats.scaled import scaled_format
-from snug.quant_backends.kernels.dequantize import dequantize_packed
+from snug.quant_backends.kernels.dequantize import dequantize_packed, quantize_packed
 from snug.quant_backends.readers.join_rows import Value, join_rows, rows, swap_halves
 
 Make = Callable[[int, int], PackedTensor]
@@ -111,6 +111,10 @@ def scaled_fp8(block: str) -> Make:
     return make
 
 
+def product(name: str) -> Make:
+    return lambda count, columns: quantize_packed(values(count, columns), scaled_format(f"product-{name}"))
+
+
 # What makes a packed weight, and columns with which its blocks end with the rows (quanto fails with a single group).
 PACKINGS: dict[str, tuple[Make, int]] = {
     "Q4_0": (ggml("Q4_0"), 96),
@@ -130,6 +134,8 @@ PACKINGS: dict[str, tuple[Make, int]] = {
     "torchao-float8": (torchao("Float8WeightOnlyConfig", lambda ao: None), 48),
     "fp8": (scaled_fp8("tensor"), 24),
     "fp8-blocks": (scaled_fp8("4x16"), 40),
+    "int8-dynamic": (product("int8-dynamic"), 40),
+    "llm-int8": (product("int8-scb-6"), 40),
 }
 
 
@@ -201,6 +207,13 @@ def test_mixed_formats_become_float16(first: str, second: str) -> None:
     joined = join_rows(parts)
     assert isinstance(joined, torch.Tensor) and joined.dtype == torch.float16
     assert torch.equal(joined, torch.cat([decoded(part, torch.float16) for part in parts]))
+
+
+def test_products_with_a_scale_for_all_are_cut_but_not_joined() -> None:
+    packed = quantize_packed(values(12, 40), scaled_format("product-float8_e4m3fn-dynamic"))
+    cut = rows(packed, 3, 9)
+    assert isinstance(cut, PackedTensor) and torch.equal(decoded(cut), decoded(packed)[3:9])
+    assert isinstance(join_rows([cut, packed]), torch.Tensor)
 
 
 def elements(scale: torch.Tensor, block: str = "tensor") -> PackedTensor:
