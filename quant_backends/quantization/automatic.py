@@ -24,6 +24,7 @@ from ..core.errors import SnugError
 from ..formats import FORMATS
 from ..formats.scaled_base import rows_and_columns
 from ..kernels.dequantize import dequantize_packed
+from ..kernels.eight_bit import PRODUCTS
 from ..memory.plan import size_text
 from .allocation import Option, allocate
 from .layers import LayerInfo
@@ -105,8 +106,13 @@ def automatic_mix(
     sensitivity: of the layers, measured with this network; those that are missing count as the median one.
     progress: called with the layers done and their number; may raise to cancel.
 
-    Raises SnugError when the budget is too small for the smallest formats.
+    Raises SnugError when the budget is too small for the smallest formats, and for targets that need a calibration.
     """
+    if recipe.target.calibrated is not None:
+        raise SnugError(
+            f"{recipe.target.name} stores every layer in 8 bits and has nothing to mix for a size; leave the size out, "
+            f"or choose another target, such as GGUF Q4_K."
+        )
     layers = list(layers)
     families = {layer.name: family(recipe, layer) for layer in layers}
     fixed = other_bytes + sum(_kept_bytes(recipe, layer) for layer in layers if not families[layer.name])
@@ -151,8 +157,11 @@ def automatic_mix(
 
 def family(recipe: Recipe, layer: LayerInfo) -> list[AnyFormat]:
     """The formats that the layer may be given; empty when the recipe keeps it or says what it gets."""
-    if layer.name in recipe.overrides or recipe.format_for(layer) is None:
+    own = recipe.format_for(layer)
+    if layer.name in recipe.overrides or own is None:
         return []
+    if isinstance(own, PRODUCTS):  # others would not multiply in 8 bits
+        return [own]
     if recipe.target.backend == "gguf":
         names = GGUF_TYPES if layer.shape[-1] % 256 == 0 else NARROW_GGUF_TYPES
         return [fmt for fmt in map(FORMATS.__getitem__, names) if fmt.can_quantize]

@@ -13,6 +13,7 @@ from snug.quant_backends.quantization.automatic import (
     packed_bytes,
     rounding_error,
 )
+from snug.quant_backends.quantization.calibration import LayerStatistics
 
 GENERATOR = torch.Generator().manual_seed(0)
 SHAPES = {
@@ -122,3 +123,14 @@ def test_errors_are_those_of_the_product() -> None:
     product = inputs @ weight.T
     expected = ((inputs @ rounded.T - product).square().sum() / product.square().sum()).item()
     assert rounding_error(target, fmt, weight, inputs.square().mean(0)) == pytest.approx(expected, rel=0.05)
+
+
+def test_layers_that_multiply_in_8_bits_have_no_other_formats() -> None:
+    layer = LayerInfo("double_blocks.0.x", (64, 256))
+    for target in ("INT8 dynamic", "bitsandbytes LLM.int8"):
+        recipe = make_recipe(target, [layer], skip="")
+        assert family(recipe, layer) == [recipe.format_for(layer)]
+    seen = LayerStatistics(torch.ones(256), torch.ones(256), torch.tensor([-1.0, 1.0]), 1)
+    recipe = make_recipe("INT8 static", [layer], skip="", statistics={layer.name: seen})
+    with pytest.raises(SnugError, match="INT8 static stores every layer in 8 bits and has nothing to mix"):
+        automatic_mix(recipe, [layer], lambda layer: torch.ones(layer.shape), 10**6)
