@@ -142,10 +142,8 @@ class PackedLinear(PackedWeightModule, comfy.ops.manual_cast.Linear):
 
     def branch_for(self, input: torch.Tensor) -> SideBranch | None:
         """The patches as a branch beside the weight, if this call is to take it and nothing else is to be merged."""
-        branch = None if self.weight_patches is None else self.weight_patches.branch
-        if branch is None or self.hook_patches or self.weight_wrappers or not branch.applies(input):
-            return None
-        return branch
+        branch = self._only_branch()
+        return branch if branch is not None and branch.applies(input) else None
 
 
 def _is_half_of(stored: torch.dtype, wanted: torch.dtype | None) -> bool:

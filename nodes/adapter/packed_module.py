@@ -13,8 +13,9 @@ import comfy.ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from .layout import is_packed, stored_nbytes, unpack, with_dtype
+from .layout import is_packed, packed_tensor, stored_nbytes, unpack, with_dtype
 from .patches import WeightPatches
+from .side_branch import SideBranch
 from .state_tensor import PackedStateTensor
 from .weight_copies import WeightCopy
 
@@ -66,6 +67,9 @@ class PackedWeightModule(torch.nn.Module):
             return kept.to(weight.device, copy=True)
         if not self.patched():
             return unpack(weight, dtype) if is_packed(weight) else weight.to(dtype)
+        branch = self._only_branch()
+        if branch is not None and is_packed(weight) and not torch.compiler.is_compiling():
+            return branch.decode_with(packed_tensor(weight), dtype)
         # Newer ComfyUI hands some weights over decoded in the compute dtype; patches change what they are given.
         dense = unpack(weight, torch.float32) if is_packed(weight) else weight.to(torch.float32, copy=True)
         for function in (self.weight_patches, self.hook_patches, *self.weight_wrappers):
@@ -77,6 +81,12 @@ class PackedWeightModule(torch.nn.Module):
         """The same on input's device and in its dtype, to be read only: what is kept in memory is not copied."""
         kept = self._kept_weight(input.dtype)
         return self.dense_weight(weight, input.dtype) if kept is None else kept.to(input.device)
+
+    def _only_branch(self) -> SideBranch | None:
+        """The weight's patches as two factors, if they are all that is to be applied to it."""
+        if self.weight_patches is None or self.hook_patches or self.weight_wrappers:
+            return None
+        return self.weight_patches.branch
 
     def _kept_weight(self, dtype: torch.dtype) -> torch.Tensor | None:
         """The patched weight that is kept decoded, if nothing else is to be applied to it."""

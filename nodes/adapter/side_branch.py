@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from ...quant_backends.kernels.low_rank import LowRankShape, add_low_rank, merge_low_rank, padded_rank
+from ...quant_backends.core.packed import PackedTensor
+from ...quant_backends.kernels.dispatch import merges_by_kernel
+from ...quant_backends.kernels.low_rank import (
+    LowRankShape,
+    add_low_rank,
+    decode_merged,
+    merge_low_rank,
+    padded_rank,
+)
 from .lora_kinds import Factors, low_rank_factors
 from .lora_settings import AUTOMATIC, MERGE, LoraSettings
 
@@ -49,12 +57,17 @@ class SideBranch:
         if not self.automatic or torch.compiler.is_compiling():
             return True
         tokens = x.numel() // self.shape.columns
-        return self.shape.branch_pays(tokens, x.dtype, x.device.type == "cpu")
+        fused = merges_by_kernel(x.device, x.dtype)
+        return self.shape.branch_pays(tokens, x.dtype, x.device.type == "cpu", fused)
 
     def add_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The layer's output with the LoRAs' part added, in place."""
         down, up = (factor.to(x.device, x.dtype, non_blocking=True) for factor in (self.down, self.up))
         return add_low_rank(output, x, down, up)
+
+    def decode_with(self, weight: PackedTensor, dtype: torch.dtype) -> torch.Tensor:
+        """The decoded weight with the LoRAs added, rounded once to `dtype`."""
+        return decode_merged(weight, self.down, self.up, dtype)
 
     def merge_into(self, weight: torch.Tensor) -> torch.Tensor:
         """weight: float32, changed in place."""

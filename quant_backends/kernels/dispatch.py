@@ -149,21 +149,31 @@ def decode_by_kernel(packed: PackedTensor, out: torch.Tensor) -> bool:
     return _attempt(key, lambda: launch.dequantize(found, tensors, out))
 
 
+def merges_by_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights of `dtype` get low-rank changes as they are decoded on `device`."""
+    return _kernels(device, dtype) is not None
+
+
 def decode_changed_by_kernel(
-    packed: PackedTensor, up: torch.Tensor, down: torch.Tensor, out: torch.Tensor
-) -> bool:
-    """The same with up [rows, rank] @ down [rank, columns] added; up and down: on out's device, of one type."""
-    launch = _kernels(out.device, out.dtype)
+    packed: PackedTensor, down: torch.Tensor, up: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """The weight [rows, columns] plus up [rows, rank] @ down [rank, columns], in `dtype`; None where no kernel can.
+
+    up and down: on the weight's device, of one type.
+    """
+    device = packed.data.device
+    launch = _kernels(device, dtype)
     if launch is None:
-        return False
+        return None
     found = operands.constants(packed.format, tuple(packed.shape))
     tensors = None if found is None else operands.tensors(packed, found)
     if found is None or tensors is None or up.shape[1] % 16 or up.dtype not in TRITON_NEEDS.dtypes:
         _cannot(packed)
-        return False
+        return None
+    out = torch.empty(packed.shape, dtype=dtype, device=device)
     up, down = up.contiguous(), down.contiguous()
-    key = ("dequantize with a LoRA", packed.format.name, out.dtype, up.dtype, out.device)
-    return _attempt(key, lambda: launch.dequantize_changed(found, tensors, up, down, out))
+    key = ("dequantize with a LoRA", packed.format.name, dtype, up.dtype, device)
+    return out if _attempt(key, lambda: launch.dequantize_changed(found, tensors, up, down, out)) else None
 
 
 def linear_by_kernel(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,12 +8,14 @@ import pytest
 import torch
 from kernel_device import DEVICE, needs_kernels, on_device
 from random_packed import random_packed
+from snug.quant_backends.core.errors import SnugError
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.kernels import dispatch
 from snug.quant_backends.kernels.dequantize import dequantize_packed
 from snug.quant_backends.kernels.dispatch import TORCH, TRITON, linear_by_kernel, using
 from snug.quant_backends.kernels.linear import linear
+from snug.quant_backends.kernels.low_rank import decode_merged
 
 pytestmark = needs_kernels
 SCALED = [
@@ -124,3 +126,33 @@ def test_gradients_take_torch() -> None:
     with using(TORCH):
         expected = dequantize_packed(packed).sum(0)
     assert torch.allclose(x.grad, expected.expand(2, 64), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "bnb-nf4-64", "quanto-int4-128", "int8-rows-rotated-256"])
+def test_low_rank_changes_are_added_before_rounding(name: str) -> None:
+    packed = ordinary(name, (21, 512))
+    generator = torch.Generator().manual_seed(0)
+    for rank, dtype, factors in (
+        (16, torch.bfloat16, torch.bfloat16),
+        (48, torch.float16, torch.float32),
+        (32, torch.float32, torch.float16),
+    ):
+        up = torch.randn(21, rank, generator=generator).to(factors)
+        down = (torch.randn(rank, 512, generator=generator) / 64).to(factors)
+        with using(TORCH):
+            weight = dequantize_packed(packed).double() + up.double() @ down.double()
+        with using(TRITON):
+            found = decode_merged(on_device(packed), down.to(DEVICE), up.to(DEVICE), dtype)
+        assert found.dtype == dtype
+        limit = torch.finfo(dtype).eps / 2 * weight.abs() + rank * 1e-7 * (
+            up.double().abs() @ down.double().abs()
+        )
+        assert ((found.cpu().double() - weight).abs() <= limit + 1e-7).all()
+
+
+def test_low_rank_changes_of_other_ranks_are_told_when_forced() -> None:
+    packed = on_device(ordinary("Q4_0", (8, 64)))
+    factors = torch.zeros(3, 64, device=DEVICE), torch.zeros(8, 3, device=DEVICE)
+    with using(TRITON), pytest.raises(SnugError, match="no kernel for a Q4_0 weight"):
+        decode_merged(packed, *factors, torch.float32)
+    assert torch.equal(decode_merged(packed, *factors, torch.float32), dequantize_packed(packed))

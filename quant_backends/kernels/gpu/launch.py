@@ -19,8 +19,9 @@ from .tiles import dequantize_tiles
 
 # Weights that a program decodes at a time, by 4 warps: 32 each thread, written in four pieces of 16 bytes of bfloat16.
 TILE = 4096
-# Rows of x that are multiplied without matrix units.
-MOST_VECTORS = 8
+# Rows of x that are multiplied without matrix units: with more, those take fewer instructions for each weight
+# (benchmarks/kernel_code.py).
+MOST_VECTORS = 4
 # Programs that occupy a GPU, for each of its multiprocessors.
 OCCUPANCY = 2
 _COMBINE_SIZE = 1024
@@ -67,7 +68,7 @@ def _tile_options(found: Constants, rows: int, columns: int, warps: int) -> dict
 def _blocks_plan(found: Constants) -> Plan:
     rows = TILE // found.a
     options = {"FORMAT": found.kind, "SIZE": found.a, "BYTES": found.b, "ROWS": rows, "num_warps": 4}
-    return Plan((-(-found.columns // (found.a * rows)),), options)
+    return Plan((-(-found.columns // (found.a * rows)),), options | {"enable_fp_fusion": True})
 
 
 @functools.lru_cache(maxsize=4096)
@@ -148,7 +149,15 @@ def linear(
         if plan.splits > 1:
             count = out.numel()
             combine[(-(-count // _COMBINE_SIZE),)](
-                result, added, out, count, found.rows, plan.splits, SIZE=_COMBINE_SIZE, BIAS=bias is not None
+                result,
+                added,
+                out,
+                count,
+                found.rows,
+                plan.splits,
+                SIZE=_COMBINE_SIZE,
+                BIAS=bias is not None,
+                enable_fp_fusion=True,
             )
 
 

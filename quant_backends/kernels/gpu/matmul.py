@@ -39,7 +39,7 @@ def vectors_product(
         column = first + tl.arange(0, COLUMNS)[None, :]
         inside = (token < tokens) & (column < columns)
         values = tl.load(x + token * columns + column, mask=inside, other=0.0).to(tl.float32)
-        sums += values[:, None, :] * weight[None, :, :]
+        sums = tl.fma(values[:, None, :], weight[None, :, :], sums)
     total = tl.sum(sums, axis=2)
     inside = (token < tokens) & (row[None, :] < rows)
     if BIAS:

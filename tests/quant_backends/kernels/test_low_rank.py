@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from snug.quant_backends.kernels.low_rank import LowRankShape, add_low_rank, merge_low_rank, padded_rank
+from random_packed import random_packed
+from snug.quant_backends.kernels.dequantize import dequantize_packed
+from snug.quant_backends.kernels.low_rank import (
+    LowRankShape,
+    add_low_rank,
+    decode_merged,
+    merge_low_rank,
+    padded_rank,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,8 +54,21 @@ def test_the_branch_pays_up_to_a_number_of_tokens(dtype: torch.dtype, on_cpu: bo
         pays = [shape.branch_pays(1 << power, dtype, on_cpu) for power in range(24)]
         assert pays[0] and not pays[-1]
         assert pays == sorted(pays, reverse=True)
+        fused = [shape.branch_pays(1 << power, dtype, on_cpu, fused=True) for power in range(24)]
+        if not on_cpu:  # merging is cheaper then, so from fewer tokens on
+            assert fused == sorted(fused, reverse=True) and fused[0]
+            assert sum(fused) < sum(pays)
 
 
 def test_ranks_are_padded_for_matrix_units_alone() -> None:
     assert [padded_rank(rank, torch.device("cpu")) for rank in (1, 17)] == [1, 17]
     assert [padded_rank(rank, torch.device("meta")) for rank in (1, 16, 17)] == [16, 16, 32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_is_decoded_merged_and_rounded_once(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    packed = random_packed("bnb-nf4-64", (16, 128))
+    down, up = torch.randn(3, 128, generator=generator), torch.randn(16, 3, generator=generator)
+    wanted = merge_low_rank(dequantize_packed(packed), down, up).to(dtype)
+    assert torch.equal(decode_merged(packed, down, up, dtype), wanted)
