@@ -14,6 +14,8 @@ from .measure.contact_sheet import Cell, contact_sheet
 from .measure.perceptual import find_lpips
 
 INPUTS = 8
+# Each is about as large as its images together.
+MOST_SHEETS = 64
 # Quickly written: the pictures are shown by a browser on the same machine or near it.
 COMPRESSION = 1
 
@@ -62,7 +64,10 @@ class SnugCompareImages(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     display_name="contact_sheet",
-                    tooltip="The images with captions and numbers on one sheet; a sheet for each place of a batch.",
+                    tooltip=(
+                        "The images with captions and numbers on one sheet; a sheet for each place of a batch, at "
+                        "most 64."
+                    ),
                 ),
                 io.String.Output(display_name="report", tooltip="PSNR and SSIM of each image as text."),
                 io.String.Output(
@@ -76,13 +81,12 @@ class SnugCompareImages(io.ComfyNode):
         batches = [image_1, *(others.get(f"image_{number}") for number in range(2, INPUTS + 1))]
         series, count, notes = gather(batches, captions)
         distance, reason = find_lpips()
-        step = progress_of(len(series) * count * 3)
+        step = progress_of(len(series) * (count + 1))
         found = compare(series, count, [*notes, *([reason] if reason else [])], distance, step)
         sheets = []
-        for index in range(count):
+        for index in range(min(count, MOST_SHEETS)):
             sheets.append(contact_sheet(_cells(found, index)))
-            for _ in series:
-                step()
+            step()
         report = report_text(found)
         shown = comparison_data(found)
         name = f"snug_compare_{secrets.token_hex(4)}"

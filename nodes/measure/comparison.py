@@ -16,6 +16,8 @@ from .perceptual import Distance
 
 # So many fit beside one another on a page and on a contact sheet.
 MOST_PICTURES = 16
+# Each is a file and a step in the page.
+MOST_PLACES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,9 @@ def gather(batches: Sequence[torch.Tensor | None], captions: str) -> tuple[list[
     if len(lengths) > 1:
         found = " and ".join(map(str, lengths))
         notes.append(f"The batches have {found} images: only the first {count} of each are compared.")
+    if count > MOST_PLACES:
+        count = MOST_PLACES
+        notes.append(f"Only the first {count} images of each batch are compared.")
     return series, count, notes
 
 

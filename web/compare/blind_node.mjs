@@ -13,6 +13,7 @@ import { makeToolbar } from "./toolbar.mjs";
 /** Of the node's properties, which are saved with the workflow. */
 const PROPERTY = "snug_blind";
 const ROUTE = "/snug/blind_test";
+const KEYS = "1, 2 and 3 vote, G S B choose the mode, page up and down go through the pairs";
 const EMPTY = "Run the workflow to begin.";
 const GONE = "The images are no longer on the server: run the workflow with another round number.";
 /** How long a button waits for the second click that makes it act. */
@@ -33,6 +34,7 @@ export function addBlindWidget(node, app, api) {
     key,
     missing: () => stop(GONE),
     tell: () => {},
+    keys: KEYS,
     detail: (side) => (round ? detail(round, trial, side) : ""),
   });
   const toolbar = makeToolbar(dispatch, { play: flip }, MODES);

@@ -11,6 +11,7 @@ import { makeToolbar } from "./toolbar.mjs";
 
 /** Of the node's properties, which are saved with the workflow. */
 const PROPERTY = "snug_compare";
+const KEYS = "G S B D choose the mode, page up and down step through a batch";
 const EMPTY = "Run the workflow to see the images here.";
 const GONE = "The images are no longer on the server: run the workflow again.";
 
@@ -23,7 +24,7 @@ export function addCompareWidget(node, app, api) {
   const wantsStillness = matchMedia("(prefers-reduced-motion: reduce)");
   let isPlaying = !wantsStillness.matches;
 
-  const stage = new Stage(dispatch, (file) => urlOf(api, file), { key, missing, tell });
+  const stage = new Stage(dispatch, (file) => urlOf(api, file), { key, missing, tell, keys: KEYS });
   const toolbar = makeToolbar(dispatch, { play });
   const message = h("p", { class: "snug-faint snug-message" }, EMPTY);
   const told = h("p", { class: "snug-told", role: "status", "data-snug": "told" });

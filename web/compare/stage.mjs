@@ -11,7 +11,6 @@ import { detailOf, differenceText, mismatch, nameOf } from "./wording.mjs";
 /** Pixels below a picture of the grid: two lines. */
 const LABEL = 38;
 const SLIDER_STEP = 0.02;
-const KEYS = "Plus and minus zoom, arrows move, 0 shows all, G S B D choose the mode, page up and down step through a batch";
 
 /**
  * layers: what a pane shows on top of one another; number: of the picture, null for the map of differences.
@@ -34,8 +33,9 @@ export class Stage {
   /**
    * @param {Dispatch} dispatch @param {(file: Snug.PictureFile) => string} urlOf
    * @param {{key: (key: string) => boolean, missing: () => void, tell: (text: string) => void,
-   *   detail?: (number: number) => string}} actions
-   *   tell: what the two pictures that are shown have to say; detail: below a picture, instead of its numbers
+   *   detail?: (number: number) => string, keys: string}} actions
+   *   tell: what the two pictures that are shown have to say; detail: below a picture, instead of its numbers;
+   *   keys: what those of `key` do, for those who cannot see it
    */
   constructor(dispatch, urlOf, actions) {
     this.dispatch = dispatch;
@@ -47,7 +47,6 @@ export class Stage {
       role: "group",
       "data-snug": "stage",
       "data-capture-wheel": "true", // by this ComfyUI's page knows that the wheel is used here
-      "aria-keyshortcuts": "+ - 0 g s b d PageUp PageDown",
     });
     watchGestures(this.element, {
       view: () => this.#state?.view ?? { zoom: 1, x: 0.5, y: 0.5 },
@@ -115,7 +114,7 @@ export class Stage {
     }
     set(this.element, { "data-mode": mode, "data-up": null });
     const names = mode === "grid" ? shown.pictures.map(nameOf) : [first, second].map((n) => nameOf(shown.pictures[n], n));
-    set(this.element, { "aria-label": `${names.join("; ")}. ${KEYS}.` });
+    set(this.element, { "aria-label": `${names.join("; ")}. Plus and minus zoom, arrows move, 0 shows all, ${this.actions.keys}.` });
     this.element.replaceChildren(...children);
   }
 

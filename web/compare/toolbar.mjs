@@ -56,10 +56,10 @@ export function makeToolbar(dispatch, actions, offered = MODES) {
   const zooming = h(
     "div",
     { class: "snug-tools" },
-    h("button", { ...button("Smaller (−)"), onclick: () => dispatch({ type: "zoom", factor: 1 / ZOOM_STEP }) }, "−"),
+    h("button", { ...button("Smaller (−, or the wheel after a click on the image)"), onclick: () => dispatch({ type: "zoom", factor: 1 / ZOOM_STEP }) }, "−"),
     zoom,
-    h("button", { ...button("Larger (+)"), onclick: () => dispatch({ type: "zoom", factor: ZOOM_STEP }) }, "+"),
-    h("button", { ...button("Show all of the image (0)"), onclick: () => dispatch({ type: "whole" }) }, "Fit"),
+    h("button", { ...button("Larger (+, or the wheel after a click on the image)"), onclick: () => dispatch({ type: "zoom", factor: ZOOM_STEP }) }, "+"),
+    h("button", { ...button("Show all of the image (0, or a double click)"), onclick: () => dispatch({ type: "whole" }) }, "Fit"),
   );
   const element = h(
     "div",

@@ -101,6 +101,11 @@ def test_batches_go_place_by_place_and_one_image_stands_for_all() -> None:
     assert series[0].at(2).equal(series[0].at(0))
 
 
+def test_very_long_batches_are_cut() -> None:
+    series, count, notes = gather([batch(1, 300, 4, 4), batch(2, 300, 4, 4)], "")
+    assert count == 256 and notes == ["Only the first 256 images of each batch are compared."]
+
+
 def test_another_size_is_said_and_left_out_of_the_numbers() -> None:
     found = compare(*gather([batch(1), batch(2, height=20), batch(3)], "dense\nsmall"), None)
     assert [len(scores) for scores in found.scores] == [0, 0, 1]
