@@ -47,7 +47,7 @@ export function addBlindWidget(node, app, api) {
   const neither = button("3: cannot tell", "You cannot tell them apart (key 3)", () => vote(0));
   const back = button("◀", "The pair before (page up)", () => go(-1));
   const next = button("▶", "The next pair (page down)", () => go(1));
-  const finish = button("Show result", "End the round with the votes so far", () => send("finish", {}));
+  const finish = button("Show result", "End the round with the votes so far", end);
   const copy = button("Copy result", "Copy the result as text", copyResult);
   const restart = button("Start again", "Forget the votes and shuffle anew", askThenRestart);
   const votes = h("div", { class: "snug-tools snug-votes" }, left, right, neither);
@@ -87,14 +87,13 @@ export function addBlindWidget(node, app, api) {
     finish.hidden = round.finished;
     copy.hidden = !round.finished;
     const count = voted(round);
-    for (const one of [left, right, neither]) one.disabled = isBusy;
     [neither, left, right].forEach((one, value) => {
       set(one, { "aria-pressed": String(round?.votes[trial] === value) });
     });
-    finish.disabled = isBusy || !count;
-    restart.disabled = isBusy || !count;
-    back.disabled = trial === 0;
-    next.disabled = trial >= (round.finished ? round.trials.length - 1 : Math.min(count, round.trials.length - 1));
+    // Not `disabled`, which would take the focus away from what was just pressed.
+    for (const one of [finish, restart]) set(one, { "aria-disabled": String(!count) });
+    set(back, { "aria-disabled": String(!mayGo(-1)) });
+    set(next, { "aria-disabled": String(!mayGo(1)) });
     toolbar.update(shown, state, false);
     stage.update(shown, state);
   }
@@ -119,11 +118,16 @@ export function addBlindWidget(node, app, api) {
     return true;
   }
 
+  /** Whether there is such a pair: before the end none after the first without a vote. @param {number} by */
+  function mayGo(by) {
+    if (!round) return false;
+    const last = round.finished ? round.trials.length - 1 : nextTrial(round);
+    return trial + by >= 0 && trial + by <= last;
+  }
+
   /** @param {number} by */
   function go(by) {
-    const to = trial + by;
-    if (by > 0 ? next.disabled : back.disabled) return;
-    show(to);
+    if (mayGo(by)) show(trial + by);
   }
 
   /** @param {number} to */
@@ -137,7 +141,7 @@ export function addBlindWidget(node, app, api) {
 
   /** @param {Snug.Vote} chosen */
   async function vote(chosen) {
-    if (!round || round.finished || isBusy) return;
+    if (!round || round.finished) return;
     const isNew = round.votes[trial] === null;
     const before = trial;
     if (!(await send("vote", { trial, vote: chosen })) || !round) return;
@@ -146,11 +150,12 @@ export function addBlindWidget(node, app, api) {
 
   /** @param {string} action @param {object} more @returns {Promise<boolean>} whether the server did it */
   async function send(action, more) {
-    if (!round) return false;
+    if (!round || isBusy) return false;
+    const { round: id } = round;
     isBusy = true;
-    draw();
     try {
-      const answer = await post(api, `${ROUTE}/${action}`, { round: round.round, ...more });
+      const answer = await post(api, `${ROUTE}/${action}`, { round: id, ...more });
+      if (round?.round !== id) return false; // another one began meanwhile
       take(answer);
       complain("");
       return true;
@@ -163,9 +168,14 @@ export function addBlindWidget(node, app, api) {
     }
   }
 
+  function end() {
+    if (round && voted(round)) send("finish", {});
+  }
+
   async function askThenRestart() {
+    if (!round || !voted(round)) return;
     if (doubt === undefined) {
-      setText(restart, `Forget ${round ? voted(round) : 0} votes?`);
+      setText(restart, `Forget ${voted(round)} votes?`);
       doubt = setTimeout(settle, DOUBT_MS);
       return;
     }
@@ -214,6 +224,8 @@ export function addBlindWidget(node, app, api) {
     trial = Math.min(trial, found.trials.length - 1);
     shown = pictures(found, trial);
     node.properties[PROPERTY] = found;
+    // What had the focus may be gone now.
+    if (hasEnded && element.contains(document.activeElement)) stage.element.focus({ preventScroll: true });
     saveSoon(app);
   }
 
