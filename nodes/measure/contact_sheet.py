@@ -34,34 +34,35 @@ def columns_of(count: int) -> int:
 
 
 def contact_sheet(cells: Sequence[Cell]) -> torch.Tensor:
-    """ComfyUI's IMAGE: float32 [1, height, width, 3]. Its size follows from the number of cells and the first one's."""
+    """ComfyUI's IMAGE: float32 [1, height, width, 3]. Cells are as large as the first one's image."""
     height, width = cells[0].image.shape[:2]
     width, height = _shown_size(width, height)
     size = min(max(width // LETTERS, SMALLEST_FONT), LARGEST_FONT)
     fonts = ImageFont.load_default(size), ImageFont.load_default(max(SMALLEST_FONT - 2, round(size * 0.85)))
     line = round(size * 1.35)
-    cell_width, cell_height = width, height + 6 + line * (CAPTION_LINES + 1)
+    captions = [_wrapped(cell.caption, fonts[0], width) for cell in cells]
+    cell_height = height + 6 + line * (max(map(len, captions)) + 1)
     columns = columns_of(len(cells))
     rows = math.ceil(len(cells) / columns)
     sheet = Image.new(
         "RGB",
         (
-            2 * MARGIN + columns * cell_width + (columns - 1) * GAP,
+            2 * MARGIN + columns * width + (columns - 1) * GAP,
             2 * MARGIN + rows * cell_height + (rows - 1) * GAP,
         ),
         GROUND,
     )
     canvas = ImageDraw.Draw(sheet)
-    for number, cell in enumerate(cells):
-        left = MARGIN + number % columns * (cell_width + GAP)
+    for number, (cell, caption) in enumerate(zip(cells, captions, strict=True)):
+        left = MARGIN + number % columns * (width + GAP)
         top = MARGIN + number // columns * (cell_height + GAP)
         picture = _picture(cell.image, width, height)
         sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
         below = top + height + 6
-        for text in _wrapped(canvas, cell.caption, fonts[0], cell_width):
+        for text in caption:
             canvas.text((left, below), text, font=fonts[0], fill=TEXT)
             below += line
-        (detail,) = _wrapped(canvas, cell.detail, fonts[1], cell_width, 1) or ("",)
+        (detail,) = _wrapped(cell.detail, fonts[1], width, 1) or ("",)
         canvas.text((left, below), detail, font=fonts[1], fill=FAINT)
     pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
     return pixels.view(1, sheet.height, sheet.width, 3).float() / 255
@@ -87,29 +88,23 @@ def _picture(image: torch.Tensor, width: int, height: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
 
 
-def _wrapped(
-    canvas: ImageDraw.ImageDraw,
-    text: str,
-    font: Font,
-    width: int,
-    most: int = CAPTION_LINES,
-) -> list[str]:
+def _wrapped(text: str, font: Font, width: int, most: int = CAPTION_LINES) -> list[str]:
     """At most so many lines of at most `width` pixels; what does not fit ends in an ellipsis."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
-        if lines and canvas.textlength(longer, font=font) <= width:
+        if lines and font.getlength(longer) <= width:
             lines[-1] = longer
         else:
             lines.append(word)
     if len(lines) > most:
         lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
-    return [_cut(canvas, line, font, width) for line in lines]
+    return [_cut(line, font, width) for line in lines]
 
 
-def _cut(canvas: ImageDraw.ImageDraw, text: str, font: Font, width: int) -> str:
-    if canvas.textlength(text, font=font) <= width:
+def _cut(text: str, font: Font, width: int) -> str:
+    if font.getlength(text) <= width:
         return text
-    while text and canvas.textlength(f"{text}…", font=font) > width:
+    while text and font.getlength(f"{text}…") > width:
         text = text[:-1]
     return f"{text}…"

@@ -112,8 +112,8 @@ def test_a_round(
             expect(question).to_contain_text("Pair 3 of")
             page.page.wait_for_timeout(1000)  # the page saves workflows a little later
             page.reload()
-            page.look_at(NODE)
             expect(question).to_contain_text("Pair 3 of")
+            page.look_at(NODE)
             stage.focus()
     result = element.locator(part("result"))
     expect(result).to_contain_text("You found Q4_K 4 of 5 times; by guessing this happens in 18.8% of tries.")
