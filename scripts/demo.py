@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,18 +21,19 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="demo",
         description="Run one diffusion model dense and as GGUF files in a real ComfyUI, save the images and compare "
-        "file size, weight memory, speed and image error. Without --model it makes a tiny SD1.5-shaped model with "
-        "random weights: the images are then patterns, good for comparing and not for looking at.",
+        "file size, weight memory, speed and image error. Without --model it takes a tiny model that draws "
+        "handwritten digits.",
     )
     options.add_argument(
         "--comfyui", metavar="PATH", help="a ComfyUI checkout (default: $COMFYUI_PATH, else PyPI)"
     )
     options.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for images and files")
-    options.add_argument("--steps", type=int, default=6)
+    options.add_argument("--steps", type=int, default=8)
     options.add_argument(
-        "--size", type=int, default=128, metavar="PIXELS", help="width and height of the images"
+        "--size", type=int, default=128, metavar="PIXELS", help="width and height of the images of --model"
     )
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--digits", default="0123456789", help="what to draw without --model")
+    options.add_argument("--seed", type=int, default=1)
     options.add_argument("--gpu", action="store_true", help="compute on the GPU (default: the CPU)")
     options.add_argument("--serve", action="store_true", help="leave ComfyUI open afterwards until Ctrl-C")
     real = options.add_argument_group("a model of your own (all three together)")
@@ -52,6 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for file in filter(None, given):
         if not file.is_file():
             options.error(f"{file} is not a file")
+    if not re.fullmatch("[0-9]{1,100}", found.digits):
+        options.error("--digits must be 1 to 100 digits, such as 0123456789")
     if found.steps < 2:
         options.error("--steps must be at least 2: the time per step is measured as a difference")
     return found

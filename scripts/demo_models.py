@@ -1,29 +1,30 @@
-"""The files the demo compares: a tiny model made here (or one given), and its GGUF versions."""
+"""The files the demo compares: a tiny model that draws digits (or one given), and its GGUF versions."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
+from digits import WEIGHTS, make_digits_vae
 from native_quantizer import AVAILABLE, native_quantizer
 from safetensors.torch import load_file
 from snug_path import register_snug
-from tiny import make_tiny_model, make_tiny_vae, use_comfyui
+from tiny import use_comfyui
 
-Quantizer: TypeAlias = Callable[[torch.Tensor, str], torch.Tensor]
+FORMATS = ("F16", "Q8_0", "Q4_K", "Q2_K")
 # What checkpoints put before the diffusion model's own tensor names.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
-def make_demo_model(comfyui: Path, model: Path, vae_folder: Path, seed: int) -> str:
-    """Write an SD1.5-shaped denoiser and a TAESD-shaped VAE, both with random weights; returns the VAE's name."""
+def make_demo_model(comfyui: Path, model: Path, vae: Path) -> None:
+    """Write the model that draws digits and its VAE."""
     use_comfyui(comfyui)
-    make_tiny_model("sd15", model, seed)
-    make_tiny_vae(vae_folder, "taesd", seed)
-    return "taesd"
+    model.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(WEIGHTS, model)
+    make_digits_vae(vae)
 
 
 def write_gguf_versions(model: Path, folder: Path) -> dict[str, Path]:
@@ -32,23 +33,13 @@ def write_gguf_versions(model: Path, folder: Path) -> dict[str, Path]:
     writers = importlib.import_module("snug.quant_backends.writers")
     tensors = _without_prefix(load_file(model))
     files = {}
-    for name, quantizer in _quantizers().items():
+    for name in FORMATS:
         path = folder / f"{model.stem}-{name}.gguf"
+        # Native code is faster where there is some; the bytes of Snug's own encoders are as good.
+        quantizer = native_quantizer if AVAILABLE and name != "F16" else None
         writers.write_gguf(path, tensors, name, quantizer=quantizer)
         files[name] = path
     return files
-
-
-def _quantizers() -> dict[str, Quantizer | None]:
-    """The demo's formats and what encodes each (None: Snug itself)."""
-    if AVAILABLE:
-        return {"F16": None, "Q8_0": native_quantizer, "Q4_K": native_quantizer}
-    gguf = importlib.import_module("gguf")
-
-    def reference(values: torch.Tensor, name: str) -> torch.Tensor:
-        return torch.from_numpy(gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[name]))
-
-    return {"F16": None, "Q8_0": reference, "Q4_0": reference}
 
 
 def _without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 from comfy_server import ComfyServer, ServerError, WorkflowError, execution_seconds
 from console import Steps, say
 from demo import parse
 from demo_models import make_demo_model, write_gguf_versions
+from demo_sheet import digits_read, psnr, write_sheet
 from demo_workflow import INFO_NODE, SAVE_NODE, Picture, workflow
+from digits import PICTURE
 from PIL import Image
 from snug_path import ROOT
 
@@ -26,14 +28,16 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Result:
-    """One row of the table. Sizes in bytes, ``seconds`` per sampling step, ``psnr`` in dB against the dense image."""
+    """One row of the table. Sizes in bytes, ``seconds`` per sampling step, ``psnr`` in dB against the dense images,
+    ``read``: how many of the digits asked for a classifier reads."""
 
     name: str
     file_bytes: int
     weight_bytes: int
     seconds: float
-    image: Path
+    images: Sequence[Image.Image]
     psnr: float | None
+    read: int | None
 
 
 def main() -> int:
@@ -50,19 +54,19 @@ def main() -> int:
             _place(options.vae, models / "vae")
             _place(encoder, models / "text_encoders")
         else:
-            dense, encoder = out / "tiny-sd15.safetensors", None
-            vae = make_demo_model(comfyui, dense, models / "vae_approx", options.seed)
+            dense, encoder, vae = out / "digits.safetensors", None, "digits-vae.safetensors"
+            make_demo_model(comfyui, dense, models / "vae" / vae)
         out.mkdir(parents=True, exist_ok=True)
         ggufs = write_gguf_versions(dense, out)
         for file in (dense, *ggufs.values()):
             _place(file, models / "diffusion_models")
 
     picture = Picture(
-        size=options.size,
+        size=options.size if encoder else PICTURE,
         steps=options.steps,
         seed=options.seed,
         vae=vae,
-        prompt=options.prompt,
+        prompt=options.prompt if encoder else options.digits,
         text_encoder=encoder.name if encoder else None,
         text_encoder_type=options.text_encoder_type,
     )
@@ -77,9 +81,11 @@ def main() -> int:
         if server.failed_imports():
             raise ServerError(f"ComfyUI could not import {server.failed_imports()}.\n{server.log_tail()}")
         with steps.step("images"):
-            results = compare(server, picture, dense, ggufs, out)
-        print_table(results, random_weights=encoder is None)
-        print(f"\nImages and model files: {out}")
+            results = compare(server, picture, dense, ggufs)
+        sheet = out / "contact-sheet.png"
+        write_sheet(sheet, [(row.name, summary(row), row.images) for row in results])
+        print_table(results)
+        print(f"\nImages side by side: {sheet}\nModel files: {out}")
         if options.serve:
             print(f"ComfyUI with these models: {server.url} (Ctrl-C ends it)", flush=True)
             threading.Event().wait()
@@ -93,29 +99,29 @@ def main() -> int:
     return 0
 
 
-def compare(
-    server: ComfyServer, picture: Picture, dense: Path, ggufs: dict[str, Path], out: Path
-) -> list[Result]:
-    """Draw the picture with every file, the dense one first: the others are measured against its image."""
-    reference = draw(server, picture, f"dense {dense.suffix[1:]}", dense, out, None)
-    rows = [draw(server, picture, f"GGUF {name}", file, out, reference.image) for name, file in ggufs.items()]
+def compare(server: ComfyServer, picture: Picture, dense: Path, ggufs: dict[str, Path]) -> list[Result]:
+    """Draw the picture with every file, the dense one first: the others are measured against its images."""
+    reference = draw(server, picture, f"dense {dense.suffix[1:]}", dense, None)
+    rows = [draw(server, picture, f"GGUF {name}", file, reference.images) for name, file in ggufs.items()]
     return [reference, *rows]
 
 
 def draw(
-    server: ComfyServer, picture: Picture, name: str, file: Path, out: Path, reference: Path | None
+    server: ComfyServer, picture: Picture, name: str, file: Path, reference: Sequence[Image.Image] | None
 ) -> Result:
     server.free()
     dense = reference is None
-    # The first run loads the model; the next two are alike but for their steps, so loading and decoding cancel.
-    server.run(workflow(picture, file.name, dense, steps=2))
-    short = server.wait(server.queue(workflow(picture, file.name, dense, steps=1)))
-    full = server.wait(server.queue(workflow(picture, file.name, dense)))
+    # The first run loads the model; the next two are alike but for their steps, so that what else they do cancels.
+    server.run(workflow(picture, file.name, dense, steps=2, decode=False))
+    short = server.wait(server.queue(workflow(picture, file.name, dense, steps=1, decode=False)))
+    full = server.wait(server.queue(workflow(picture, file.name, dense, decode=False)))
     seconds = (execution_seconds(full) - execution_seconds(short)) / (picture.steps - 1)
-    image = out / f"{name.replace(' ', '-')}.png"
-    image.write_bytes(server.view(full["outputs"][SAVE_NODE]["images"][0]))
-    psnr = None if reference is None else image_psnr(reference, image)
-    return Result(name, file.stat().st_size, weight_memory(full["outputs"]), seconds, image, psnr)
+    outputs = server.run(workflow(picture, file.name, dense))  # the latent is there already
+    saved = outputs[SAVE_NODE]["images"]
+    images = [Image.open(io.BytesIO(server.view(image))).convert("RGB") for image in saved]
+    read = digits_read(images, picture.prompt) if picture.is_digits else None
+    ratio = None if reference is None else psnr(reference, images)
+    return Result(name, file.stat().st_size, weight_memory(outputs), seconds, images, ratio, read)
 
 
 def weight_memory(outputs: Mapping[str, Any]) -> int:
@@ -123,28 +129,31 @@ def weight_memory(outputs: Mapping[str, Any]) -> int:
     return json.loads(outputs[INFO_NODE]["model_info"][0])["loaded_size"]
 
 
-def image_psnr(reference: Path, image: Path) -> float:
-    """Peak signal-to-noise ratio of two 8-bit images in dB; infinite when they are equal."""
-    a, b = (
-        numpy.asarray(Image.open(path).convert("RGB"), dtype=numpy.float64) for path in (reference, image)
+def print_table(results: list[Result]) -> None:
+    has_digits = results[0].read is not None
+    print(
+        f"\n{'':16}{'file':>12}{'weights':>12}{'s per step':>12}{'PSNR':>12}{'read' * has_digits:>12}".rstrip()
     )
-    error = float(numpy.mean((a - b) ** 2))
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
-
-
-def print_table(results: list[Result], random_weights: bool) -> None:
-    print(f"\n{'':16}{'file':>12}{'weights':>12}{'s per step':>12}{'PSNR':>12}")
     for row in results:
         weights = f"{row.weight_bytes / MB:.1f} MB"
-        psnr = "" if row.psnr is None else "identical" if math.isinf(row.psnr) else f"{row.psnr:.1f} dB"
+        read = f"{row.read} of {len(row.images)}" if has_digits else ""
         print(
-            f"{row.name:16}{f'{row.file_bytes / MB:.1f} MB':>12}{weights:>12}{row.seconds:>12.3f}{psnr:>12}"
+            f"{row.name:16}{f'{row.file_bytes / MB:.1f} MB':>12}{weights:>12}{row.seconds:>12.3f}"
+            f"{psnr_text(row):>12}{read:>12}".rstrip()
         )
     print(
-        "\nweights: in memory while sampling, as ComfyUI counts them; PSNR: image against the dense model's, same seed."
+        "\nweights: in memory while sampling, as ComfyUI counts them; PSNR: images against the dense model's, same seed"
+        + ("; read: digits that a classifier of handwritten ones recognises." if has_digits else ".")
     )
-    if random_weights:
-        print("The model has random weights, so its images are patterns; give a real one with --model.")
+
+
+def summary(row: Result) -> str:
+    """Of a row of the sheet."""
+    return "   ".join(filter(None, [f"{row.file_bytes / MB:.1f} MB", psnr_text(row)]))
+
+
+def psnr_text(row: Result) -> str:
+    return "" if row.psnr is None else "identical" if math.isinf(row.psnr) else f"{row.psnr:.1f} dB"
 
 
 def _place(file: Path, folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from digits.drawing import GUIDANCE, SAMPLER, SCHEDULER
+
 SAVE_NODE = "save"
 INFO_NODE = "info"
 
@@ -18,14 +20,21 @@ class Picture:
     seed: int
     vae: str
     prompt: str
-    text_encoder: str | None  # None: random conditioning from the test nodes
+    text_encoder: str | None  # None: the model that draws digits, and the prompt is the digits
     text_encoder_type: str
 
+    @property
+    def is_digits(self) -> bool:
+        return self.text_encoder is None
 
-def workflow(picture: Picture, model_file: str, dense: bool, steps: int | None = None) -> dict[str, Any]:
+
+def workflow(
+    picture: Picture, model_file: str, dense: bool, steps: int | None = None, decode: bool = True
+) -> dict[str, Any]:
     """A workflow that draws ``picture`` with a file from ``models/diffusion_models``.
 
-    ``dense`` picks ComfyUI's own loader, otherwise Snug's; ``steps`` overrides the picture's.
+    ``dense`` picks ComfyUI's own loader, otherwise Snug's; ``steps`` overrides the picture's. Without ``decode`` it
+    ends with the latent.
     """
     loader = (
         _node("UNETLoader", unet_name=model_file, weight_dtype="default")
@@ -40,28 +49,39 @@ def workflow(picture: Picture, model_file: str, dense: bool, steps: int | None =
         latent_image=["latent", 0],
         seed=picture.seed,
         steps=steps or picture.steps,
-        cfg=4.0,
-        sampler_name="euler",
-        scheduler="normal",
+        cfg=GUIDANCE if picture.is_digits else 4.0,
+        sampler_name=SAMPLER,
+        scheduler=SCHEDULER if picture.is_digits else "normal",
         denoise=1.0,
     )
-    return {
+    size = {"width": picture.size, "height": picture.size}
+    latent = (
+        _node("EmptyHunyuanLatentVideo", **size, length=1, batch_size=len(picture.prompt))
+        if picture.is_digits
+        else _node("EmptyLatentImage", **size, batch_size=1)
+    )
+    sampled = {
         "model": loader,
         **_conditioning(picture),
-        "latent": _node("EmptyLatentImage", width=picture.size, height=picture.size, batch_size=1),
+        "latent": latent,
         "sampler": sampler,
+        INFO_NODE: _node("SnugTestModelInfo", model=["model", 0], samples=["sampler", 0]),
+    }
+    if not decode:
+        return sampled
+    return {
+        **sampled,
         "vae": _node("VAELoader", vae_name=picture.vae),
         "decode": _node("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
         SAVE_NODE: _node("SaveImage", images=["decode", 0], filename_prefix="demo"),
-        INFO_NODE: _node("SnugTestModelInfo", model=["model", 0], samples=["sampler", 0]),
     }
 
 
 def _conditioning(picture: Picture) -> dict[str, Any]:
-    if picture.text_encoder is None:
+    if picture.is_digits:
         return {
-            name: _node("SnugTestConditioning", seed=seed, tokens=77, dim=768, pooled_dim=0)
-            for name, seed in (("positive", 1), ("negative", 2))
+            "positive": _node("SnugTestDigits", digits=picture.prompt),
+            "negative": _node("SnugTestDigits", digits=""),
         }
     return {
         "clip": _node("CLIPLoader", clip_name=picture.text_encoder, type=picture.text_encoder_type),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .allocate import SnugTestAllocate
 from .conditioning import SnugTestConditioning
+from .digits import SnugTestDigits
 from .model_info import SnugTestModelInfo
 from .narrow_models import accept_narrow_models
 from .small_t5 import accept_small_t5
@@ -14,5 +15,6 @@ accept_small_t5()
 NODE_CLASS_MAPPINGS = {
     "SnugTestAllocate": SnugTestAllocate,
     "SnugTestConditioning": SnugTestConditioning,
+    "SnugTestDigits": SnugTestDigits,
     "SnugTestModelInfo": SnugTestModelInfo,
 }
