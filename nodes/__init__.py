@@ -16,6 +16,7 @@ class SnugExtension(ComfyExtension):
         await replacements.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        from .benchmark import SnugBenchmark
         from .blind_test import SnugBlindTest
         from .calibrate import SnugCalibrate, SnugCalibrateTextEncoder, SnugLoadCalibration
         from .compare_images import SnugCompareImages
@@ -66,6 +67,7 @@ class SnugExtension(ComfyExtension):
             SnugCalibrate,
             SnugCalibrateTextEncoder,
             SnugLoadCalibration,
+            SnugBenchmark,
         ]
 
 

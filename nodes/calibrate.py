@@ -7,15 +7,14 @@ from typing import Any
 from comfy_api.latest import io
 
 from .adapter.calibration import (
-    SAMPLERS,
-    SCHEDULERS,
     Keep,
-    Sampling,
     calibrate_clip,
     calibrate_model,
     open_calibration,
 )
 from .adapter.folders import calibration_files, find_calibration, state_on_disk
+from .adapter.sampling import Sampling
+from .sampling_inputs import sampling_inputs
 
 Calibration = io.Custom("SNUG_CALIBRATION")
 MORE_PROMPTS = ("positive_2", "positive_3", "positive_4")
@@ -76,44 +75,9 @@ class SnugCalibrate(io.ComfyNode):
                 io.Latent.Input(
                     "latent_image", tooltip="As for KSampler: the size and number of the images."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Of the noise of the first prompt; each further prompt takes the next number.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=20,
-                    min=1,
-                    max=10000,
-                    tooltip="Steps for each prompt, as you sample with.",
-                ),
-                io.Float.Input(
-                    "cfg",
-                    default=8.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Classifier-free guidance, as you sample with.",
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=SAMPLERS, tooltip="The sampler that you use with this model."
-                ),
-                io.Combo.Input(
-                    "scheduler", options=SCHEDULERS, tooltip="The scheduler that you use with it."
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Below 1, sampling begins with latent_image instead of noise, as in image to image.",
+                *sampling_inputs(
+                    "Of the noise of the first prompt; each further prompt takes the next number.",
+                    "Steps for each prompt, as you sample with.",
                 ),
                 *(
                     io.Conditioning.Input(

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
-import comfy.samplers
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -20,26 +18,12 @@ from ...quant_backends.core.errors import SnugError
 from ...quant_backends.core.version import pack_version
 from ...quant_backends.quantization.calibration import Calibration, load_calibration, save_calibration
 from ...quant_backends.quantization.recording import Recorder
-from .compat import supported_arguments
 from .folders import find_calibration, new_calibration_path
+from .sampling import Sampling, sample
 from .sensitivity import sensitivity_while
 
-SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
-SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
 # How many layers the report names.
 _NAMED = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """As KSampler takes it."""
-
-    seed: int
-    steps: int
-    cfg: float
-    sampler_name: str
-    scheduler: str
-    denoise: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +63,10 @@ def calibrate_model(
     info: dict[str, Any] = {"model": type(clone.model).__name__, "sampling": asdict(sampling)}
     if sensitivity:  # in a pass of its own: layers that are disturbed have other inputs
 
-        def sample() -> None:
+        def sample_once() -> None:
             _sample(clone, positives[0], negative, latent, sampling, 0, bar)
 
-        info["sensitivity"] = sensitivity_while(sample, network, sampling.steps)
+        info["sensitivity"] = sensitivity_while(sample_once, network, sampling.steps)
     return _finish(recorder, keep, calls[0], samples=samples, steps=samples * sampling.steps, **info)
 
 
@@ -145,32 +129,10 @@ def _sample(
     number: int,
     bar: Any,
 ) -> None:
-    """As ComfyUI's KSampler does (common_ksampler in its nodes.py), without preview."""
-    ratios = {key: latent.get(key) for key in ("downscale_ratio_spacial", "downscale_ratio_temporal")}
-    fix = comfy.sample.fix_empty_latent_channels
-    image = fix(patcher, latent["samples"], **supported_arguments(fix, **ratios))
-    seed = (sampling.seed + number) % 2**64
-    noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
-
     def on_step(step: int, *_: Any) -> None:
         bar.update_absolute(number * sampling.steps + step + 1)
 
-    comfy.sample.sample(
-        patcher,
-        noise,
-        sampling.steps,
-        sampling.cfg,
-        sampling.sampler_name,
-        sampling.scheduler,
-        positive,
-        negative,
-        image,
-        denoise=sampling.denoise,
-        noise_mask=latent.get("noise_mask"),
-        callback=on_step,
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
+    sample(patcher, positive, negative, latent, sampling, on_step, number)
 
 
 @contextmanager

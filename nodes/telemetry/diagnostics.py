@@ -60,6 +60,13 @@ def diagnostics() -> dict[str, Any]:
     return without_home(found)
 
 
+def environment() -> dict[str, Any]:
+    """What figures measured here depend on: versions and the device that ComfyUI computes on."""
+    device = telemetry().take().devices[0]
+    processor = {"processor": platform.processor() or platform.machine()}
+    return {"device": device.title, "memory": device.total, **processor, **_versions()}
+
+
 def without_home(value: Any) -> Any:
     """JSON data with "~" in place of the user's folder."""
     home = json.dumps(str(Path.home()))[1:-1]

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from . import progress
@@ -74,6 +75,7 @@ class Telemetry:
         self._registry: progress.Registry | None = None
         self._is_monitored = False
         self._looked_at = float("-inf")
+        self._peaks: dict[str, int] | None = None
 
     # ---- who looks -------------------------------------------------------------------------------------------------
 
@@ -138,11 +140,32 @@ class Telemetry:
 
     def observe(self) -> Sample:
         """Reads everything now, for a node that looks at its own prompt."""
-        record = self._record
-        if record is not None:
-            with self._reading:
-                record.observe(time.time(), self._read())
+        if self._record is not None:
+            self.read()
         return self.take()
+
+    def read(self) -> dict[str, Counter]:
+        """The counters now, which the running record gets as well."""
+        with self._reading:
+            counters, record = self._read(), self._record
+            if record is not None:
+                record.observe(time.time(), counters)
+            return counters
+
+    @contextmanager
+    def peaks(self) -> Iterator[dict[str, int]]:
+        """By device, the most bytes in use inside the block; known when it ends. One block at a time.
+
+        Whoever reads the counters sets their peaks back, so that all that is read inside the block counts.
+        """
+        found: dict[str, int] = {}
+        self.read()
+        self._peaks = found
+        try:
+            yield found
+        finally:
+            self.read()
+            self._peaks = None
 
     # ---- samples ---------------------------------------------------------------------------------------------------
 
@@ -212,10 +235,8 @@ class Telemetry:
     def _sample(self) -> None:
         sample = self.take()
         self._note({parts.name: parts for parts in sample.devices}, sample.running)
-        record = self._record
-        if record is not None:
-            with self._reading:
-                record.observe(sample.time, self._read())
+        if self._record is not None:
+            self.read()
         number = self.history.add(sample)
         receivers = self.leases.receivers(time.monotonic())
         if receivers:
@@ -332,7 +353,11 @@ class Telemetry:
             return {}
 
     def _read(self) -> dict[str, Counter]:
-        return self._counted().read()
+        counters = self._counted().read()
+        if self._peaks is not None:
+            for device, counter in counters.items():
+                self._peaks[device] = max(counter.peak, self._peaks.get(device, 0))
+        return counters
 
 
 def _device(devices: tuple[DeviceParts, ...], name: str) -> DeviceParts:

@@ -209,3 +209,23 @@ def test_many_samples_leak_nothing(service: Any, prompts: Prompts) -> None:
     assert len(service.prompts) == PROMPTS
     assert len(service.history) <= HISTORY
     assert sum(thread.name == "snug-telemetry" for thread in threading.enumerate()) == 1
+
+
+def test_peaks_of_a_block_whoever_reads_meanwhile(service: Any, prompts: Prompts) -> None:
+    registry = prompts.start()
+    record = service.monitor()
+    registry.start_progress("a")
+    with service.peaks() as peaks:
+        before = service.read()["cpu"].current
+        values = mmap.mmap(-1, 64 << 20)
+        for offset in range(0, len(values), mmap.PAGESIZE):
+            values[offset] = 1
+        service.read()  # as the sampling thread does, which sets the peak back
+        values.close()
+    assert peaks["cpu"] - before == pytest.approx(64 << 20, rel=0.1)
+    registry.finish_progress("a")
+    (node,) = [node for node in record.nodes() if node.node_id == "a"]
+    assert node.peak["cpu"] >= peaks["cpu"], "what the block read is lost to the record"
+    with service.peaks() as peaks:
+        pass
+    assert peaks["cpu"] < before + (32 << 20)
