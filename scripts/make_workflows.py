@@ -90,7 +90,11 @@ class FluxPicture:
         return positive, negative, latent
 
     def sample(self, model: Output, clip: Output, steps: int = 20) -> Output:
-        positive, negative, latent = self.conditioning(clip)
+        return self.sampler(model, *self.conditioning(clip), steps=steps)
+
+    def sampler(
+        self, model: Output, positive: Output, negative: Output, latent: Output, steps: int = 20
+    ) -> Output:
         return self.graph.add(
             "KSampler",
             3,
@@ -268,6 +272,63 @@ def vram_monitor(info: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def compare(info: Mapping[str, Any]) -> dict[str, Any]:
+    flux = FluxPicture(info)
+    models, clip, vae = [flux.model(Q8), flux.model(Q4)], flux.text_encoders(), flux.vae()
+    positive, negative, latent = flux.conditioning(clip)
+    pictures = [flux.decode(flux.sampler(model, positive, negative, latent), vae) for model in models]
+    compared = flux.graph.add(
+        "SnugCompareImages",
+        4,
+        size=(640, 640),
+        image_1=pictures[0],
+        image_2=pictures[1],
+        captions="Q8_0\nQ4_K_S",
+    )
+    flux.graph.add(
+        "SaveImage", 5, title="Contact sheet", size=(560, 400), images=compared, filename_prefix="snug"
+    )
+    flux.report(second(compared))
+    return flux.done(
+        "## What do fewer bits cost?\n\n"
+        "The same prompt and seed with two files of one model. **Compare Images** shows them under a slider, in a "
+        "grid, blinking or as a map of their differences, with PSNR and SSIM; zoomed with the wheel, together.\n\n"
+        "Up to eight pictures or batches can be connected; `captions` names them, one a line."
+    )
+
+
+def benchmark(info: Mapping[str, Any]) -> dict[str, Any]:
+    flux = FluxPicture(info)
+    models = [flux.model(Q8), flux.model(Q4)]
+    clip, vae = flux.text_encoders(), flux.vae()
+    positive, negative, latent = flux.conditioning(clip)
+    measured = flux.graph.add(
+        "SnugBenchmark",
+        3,
+        model=models[0],
+        model_2=models[1],
+        positive=positive,
+        negative=negative,
+        latent_image=latent,
+        vae=vae,
+        seed=1,
+        steps=4,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        captions="Q8_0\nQ4_K_S",
+    )
+    flux.report(measured)
+    flux.graph.add("PreviewImage", 5, title="Plot", size=(560, 400), images=second(measured))
+    return flux.done(
+        "## Which model is faster here?\n\n"
+        "**Benchmark** samples several times with each model and compares loading, steps, memory, and how far "
+        "the result is from that of the first. Connect up to eight models, with other nodes before them if you like: "
+        "*Compile Model*, *Group Offload*, LoRA.\n\n"
+        "Close other programs that use the GPU while it runs."
+    )
+
+
 WORKFLOWS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "snug_gguf": gguf,
     "snug_nf4_checkpoint": nf4,
@@ -279,6 +340,8 @@ WORKFLOWS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "snug_compile": compile_model,
     "snug_lora": lora,
     "snug_vram_monitor": vram_monitor,
+    "snug_compare": compare,
+    # "snug_benchmark": benchmark,
 }
 
 

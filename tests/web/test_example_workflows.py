@@ -19,6 +19,7 @@ OpenPage = Callable[..., ComfyPage]
 SHORT: dict[str, dict[str, Any]] = {
     "EmptySD3LatentImage": {"width": 64, "height": 64},
     "KSampler": {"steps": 2},
+    "SnugBenchmark": {"steps": 2, "runs": 1, "warmup": 0},
     "SnugTorchCompile": {"backend": "eager"},
 }
 READ_NODES = """() => window.app.graph.nodes.map(node => {
