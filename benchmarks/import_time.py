@@ -3,7 +3,8 @@
     python benchmarks/import_time.py --comfyui PATH --markdown benchmarks/results/import-time.md \
         --json benchmarks/results/import-time.json
 
-Each run is a process of its own that imports what ComfyUI itself does first. Processor time, which other programs
+Each run is a process of its own that imports what ComfyUI itself does first (comfy-kitchen, too, which ComfyUI 0.3.75
+does not import yet). Processor time, which other programs
 disturb least; the table has the best run and the median.
 """
 
@@ -28,7 +29,7 @@ sys.path[:0] = [{comfyui!r}, {scripts!r}]
 import comfy.options
 comfy.options.enable_args_parsing()
 import utils.install_util  # before nodes, which puts ComfyUI's folder comfy/ with its utils.py in front
-import comfy.sd, folder_paths, nodes, server
+import comfy.sd, comfy_kitchen.tensor, folder_paths, nodes, server
 from comfy_api.latest import ComfyExtension, io
 from snug_path import register_snug
 

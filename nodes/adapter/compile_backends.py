@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -21,7 +22,7 @@ MODES = ("default", "max-autotune", "max-autotune-no-cudagraphs", "reduce-overhe
 MODES_OF = ("inductor",)
 # They compile nothing, and tell a problem of the compiler from one of the model.
 DEBUG_BACKENDS = ("aot_eager", "eager")
-# torch lists them whether their package is there or not.
+# Those that torch has besides, and the package that each needs.
 PACKAGES = {"openxla": "torch_xla", "tvm": "tvm"}
 
 COMPILER_ERRORS: tuple[type[Exception], ...] = (TorchDynamoException,)
@@ -32,15 +33,12 @@ _ADVICE = "tick fallback_to_eager or bypass this node to run the model uncompile
 def backends() -> list[str]:
     """Names for the node: inductor, what else torch offers and can work here, and two for finding errors.
 
-    "cudagraphs" records the copies of weights as they are at that moment and would repeat them forever.
+    "cudagraphs" records the copies of weights as they are then and would repeat them forever. torch's own list loads
+    every backend, which takes seconds when ComfyUI starts.
     """
-    listed = [
-        name
-        for name in torch._dynamo.list_backends()
-        if name not in ("inductor", "cudagraphs")
-        and (name not in PACKAGES or importlib.util.find_spec(PACKAGES[name]) is not None)
-    ]
-    return ["inductor", *(name for name in listed if name not in DEBUG_BACKENDS), *DEBUG_BACKENDS]
+    others = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package) is not None]
+    others += [entry.name for entry in importlib.metadata.entry_points(group="torch_dynamo_backends")]
+    return ["inductor", *sorted(set(others) - {"inductor", *DEBUG_BACKENDS}), *DEBUG_BACKENDS]
 
 
 def compile_options(

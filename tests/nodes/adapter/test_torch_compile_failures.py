@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -78,6 +79,19 @@ def test_backends_that_cannot_work_are_not_offered() -> None:
 
     assert backends()[0] == "inductor"
     assert not {"cudagraphs", "openxla", "tvm"} & set(backends())
+
+
+def test_backends_are_torchs_own_and_those_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named without loading any, which is what torch's own list does."""
+    from snug.nodes.adapter.compile_backends import PACKAGES, backends
+
+    assert set(torch._dynamo.list_backends()) == {*backends(), "cudagraphs", *PACKAGES} - {
+        "eager",
+        "aot_eager",
+    }
+    entry = importlib.metadata.EntryPoint("mine", "no_such_package:compile", "torch_dynamo_backends")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry])
+    assert backends() == ["inductor", "mine", "aot_eager", "eager"]
 
 
 def test_no_repeated_blocks(sd3: Any) -> None:
