@@ -96,3 +96,11 @@ def test_targets_are_read_from_the_tables(made: Callable[..., Any]) -> None:
 def test_offloading_needs_a_device(made: Callable[..., Any], comfyui_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"No CUDA device.*offload_plan"):
         made("flux_offload", "--comfyui", str(comfyui_path), "--device", "cpu")
+
+
+def test_the_list_of_targets_is_of_the_newest_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    targets = importlib.import_module("targets")
+    written = (targets.RESULTS / "targets.md").read_text(encoding="utf-8")
+    for row in targets.rows(targets.read_tables()):
+        assert f"| {' | '.join(row)} |" in written, "run benchmarks/targets.py"
