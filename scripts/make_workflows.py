@@ -341,7 +341,7 @@ WORKFLOWS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "snug_lora": lora,
     "snug_vram_monitor": vram_monitor,
     "snug_compare": compare,
-    # "snug_benchmark": benchmark,
+    "snug_benchmark": benchmark,
 }
 
 
