@@ -16,7 +16,10 @@ export class RequestError extends Error {
   }
 }
 
-/** @param {Comfy.Api} api @param {string} route @param {RequestInit} options @returns {Promise<any>} Raises RequestError. */
+/**
+ * @param {Comfy.Api} api @param {string} route @param {RequestInit} options
+ * @returns {Promise<any>} Raises RequestError.
+ */
 export async function request(api, route, options) {
   let response;
   try {

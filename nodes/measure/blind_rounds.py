@@ -1,4 +1,4 @@
-"""Rounds of a blind test as files: what was shown where, and the votes. What the page gets tells nothing of the key.
+"""Rounds of a blind test as files: what was shown where, and the votes.
 
 A file is JSON, one object:
     round     its id, also the file's name
@@ -131,7 +131,8 @@ class Rounds:
             return found
         except FileNotFoundError:
             raise NoSuchRound(
-                f"The votes of this round ({round_id}.json) are no longer in {FOLDER}: run the workflow again."
+                f"The votes of this round ({round_id}.json) are no longer in {FOLDER}: run the workflow with another "
+                "round number."
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NoSuchRound(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from comfy_server import ComfyServer
-from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Playwright, Route, expect
+from playwright.sync_api import Browser, ConsoleMessage, Error, Locator, Page, Playwright, Route, expect
 
 # Without the last ones Chromium looks for its maker's servers at every start.
 FLAGS = (
@@ -124,6 +124,26 @@ class ComfyPage:
             }""",
             node_type,
         )
+
+    def center(self, element: Locator) -> None:
+        """Brings what a node shows to the middle by where it is seen: Nodes 2.0 moves nodes of a laid out workflow."""
+        box = element.bounding_box()
+        size = self.page.viewport_size
+        assert box and size
+        right, down = (
+            (size["width"] - box["width"]) / 2 - box["x"],
+            (size["height"] - box["height"]) / 2 - box["y"],
+        )
+        self.page.evaluate(
+            """([right, down]) => {
+                const { canvas } = window.app;
+                canvas.ds.offset[0] += right / canvas.ds.scale;
+                canvas.ds.offset[1] += down / canvas.ds.scale;
+                canvas.setDirty(true, true);
+            }""",
+            [right, down],
+        )
+        self.page.wait_for_timeout(200)  # the next frames place it
 
     # ---- what goes wrong -------------------------------------------------------------------------------------------
 

@@ -90,7 +90,7 @@ def test_a_round(
     page = open_page(theme, renderer)
     page.set_setting("Comfy.Workflow.Persist", True)
     element = begin(page, workflow(1 if renderer == "classic" else 2))
-    page.look_at(NODE)  # it is larger now
+    page.center(element)
     page.screenshot(screenshots / f"blind-{theme}-{renderer}.png")
     assert saved_round(page)["quantized"] is None
     stage = element.locator(part("stage"))

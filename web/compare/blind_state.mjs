@@ -36,7 +36,10 @@ export function voted({ votes }) {
   return votes.filter((vote) => vote !== null).length;
 }
 
-/** For the stage: the two pictures of a pair. @param {Snug.BlindRound} round @param {number} trial @returns {Snug.Comparison} */
+/**
+ * For the stage: the two pictures of a pair.
+ * @param {Snug.BlindRound} round @param {number} trial @returns {Snug.Comparison}
+ */
 export function pictures({ trials, width, height }, trial) {
   return {
     count: 1,

@@ -26,7 +26,10 @@ export function place(view, pane, picture) {
   };
 }
 
-/** What of the picture lies at a point of the pane. @param {Placement} at @param {Size} picture @param {number} left @param {number} top */
+/**
+ * What of the picture lies at a point of the pane.
+ * @param {Placement} at @param {Size} picture @param {number} left @param {number} top
+ */
 export function fractionAt(at, picture, left, top) {
   return {
     x: (left - at.left) / (picture.width * at.scale),
@@ -34,7 +37,10 @@ export function fractionAt(at, picture, left, top) {
   };
 }
 
-/** Keeps what is at `point` where it is. @param {View} view @param {number} factor @param {{x: number, y: number}} [point] @returns {View} */
+/**
+ * Keeps what is at `point` where it is.
+ * @param {View} view @param {number} factor @param {{x: number, y: number}} [point] @returns {View}
+ */
 export function zoomed(view, factor, point = view) {
   const zoom = clamp(view.zoom * factor, 1, LARGEST_ZOOM);
   const kept = view.zoom / zoom;

@@ -101,7 +101,10 @@ export function used(event) {
   event.stopPropagation();
 }
 
-/** In the element's own pixels: nodes are scaled with the canvas. @param {HTMLElement} element @param {MouseEvent} event */
+/**
+ * In the element's own pixels: nodes are scaled with the canvas.
+ * @param {HTMLElement} element @param {MouseEvent} event
+ */
 export function localPoint(element, event) {
   const box = element.getBoundingClientRect();
   const factor = box.width > 0 ? element.offsetWidth / box.width : 1;

@@ -113,8 +113,10 @@ export class Stage {
       children.push(pane.element);
     }
     set(this.element, { "data-mode": mode, "data-up": null });
-    const names = mode === "grid" ? shown.pictures.map(nameOf) : [first, second].map((n) => nameOf(shown.pictures[n], n));
-    set(this.element, { "aria-label": `${names.join("; ")}. Plus and minus zoom, arrows move, 0 shows all, ${this.actions.keys}.` });
+    const numbers = mode === "grid" ? shown.pictures.keys() : [first, second];
+    const names = [...numbers].map((number) => nameOf(shown.pictures[number], number)).join("; ");
+    const keys = `Plus and minus zoom, arrows move, 0 shows all, ${this.actions.keys}`;
+    set(this.element, { "aria-label": `${names}. ${keys}.` });
     this.element.replaceChildren(...children);
   }
 

@@ -62,7 +62,10 @@ export function reduce(state, action, shown) {
   }
 }
 
-/** For other pictures: what was chosen stays, as far as there is such a picture. @param {State} state @param {Snug.Comparison} shown @returns {State} */
+/**
+ * For other pictures: what was chosen stays, as far as there is such a picture.
+ * @param {State} state @param {Snug.Comparison} shown @returns {State}
+ */
 export function fitted(state, shown) {
   const last = shown.pictures.length - 1;
   const chosen = state.first <= last && state.second <= last ? {} : { first: 0, second: Math.min(1, last) };

@@ -23,11 +23,13 @@ const NAMES = {
 export function makeToolbar(dispatch, actions, offered = MODES) {
   const modes = offered.map((mode) => {
     const [name, title] = NAMES[mode];
-    return h("button", { ...button(title), "data-mode": mode, onclick: () => dispatch({ type: "mode", mode }) }, name);
+    const element = act(name, title, { type: "mode", mode });
+    set(element, { "data-mode": mode });
+    return element;
   });
   const first = makeChoice("First image", (picture) => dispatch({ type: "first", picture }));
   const second = makeChoice("Second image", (picture) => dispatch({ type: "second", picture }));
-  const swap = h("button", { ...button("Swap the two images"), onclick: () => dispatch({ type: "swap" }) }, "⇄");
+  const swap = act("⇄", "Swap the two images", { type: "swap" });
   const pair = h("div", { class: "snug-tools" }, first, swap, second);
 
   // Where pictures stay where they are, nothing blinks by itself.
@@ -38,7 +40,9 @@ export function makeToolbar(dispatch, actions, offered = MODES) {
     dispatch({ type: "interval", seconds }),
   );
   const blink = h("div", { class: "snug-tools" }, play, interval.element);
-  const gain = makeRange("Gain", 0, Math.log2(LARGEST_GAIN), 1, (power) => dispatch({ type: "gain", gain: 2 ** power }));
+  const gain = makeRange("Gain", 0, Math.log2(LARGEST_GAIN), 1, (power) =>
+    dispatch({ type: "gain", gain: 2 ** power }),
+  );
   const legend = h(
     "div",
     { class: "snug-scale" },
@@ -49,17 +53,17 @@ export function makeToolbar(dispatch, actions, offered = MODES) {
   const difference = h("div", { class: "snug-tools" }, gain.element, legend);
 
   const place = h("span", { class: "snug-count" });
-  const back = h("button", { ...button("Back in the batch (page up)"), onclick: () => dispatch({ type: "step", by: -1 }) }, "◀");
-  const next = h("button", { ...button("On in the batch (page down)"), onclick: () => dispatch({ type: "step", by: 1 }) }, "▶");
+  const back = act("◀", "Back in the batch (page up)", { type: "step", by: -1 });
+  const next = act("▶", "On in the batch (page down)", { type: "step", by: 1 });
   const batch = h("div", { class: "snug-tools" }, back, place, next);
   const zoom = h("span", { class: "snug-count" });
   const zooming = h(
     "div",
     { class: "snug-tools" },
-    h("button", { ...button("Smaller (−, or the wheel after a click on the image)"), onclick: () => dispatch({ type: "zoom", factor: 1 / ZOOM_STEP }) }, "−"),
+    act("−", "Smaller (−, or the wheel after a click on the image)", { type: "zoom", factor: 1 / ZOOM_STEP }),
     zoom,
-    h("button", { ...button("Larger (+, or the wheel after a click on the image)"), onclick: () => dispatch({ type: "zoom", factor: ZOOM_STEP }) }, "+"),
-    h("button", { ...button("Show all of the image (0, or a double click)"), onclick: () => dispatch({ type: "whole" }) }, "Fit"),
+    act("+", "Larger (+, or the wheel after a click on the image)", { type: "zoom", factor: ZOOM_STEP }),
+    act("Fit", "Show all of the image (0, or a double click)", { type: "whole" }),
   );
   const element = h(
     "div",
@@ -71,6 +75,11 @@ export function makeToolbar(dispatch, actions, offered = MODES) {
     blink,
     difference,
   );
+
+  /** @param {string} text @param {string} title @param {import("./state.mjs").Action} action */
+  function act(text, title, action) {
+    return h("button", { ...button(title), onclick: () => dispatch(action) }, text);
+  }
 
   /** @param {Snug.Comparison} shown @param {import("./state.mjs").State} state @param {boolean} isPlaying */
   function update(shown, state, isPlaying) {

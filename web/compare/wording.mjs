@@ -22,11 +22,15 @@ export function detailOf(shown, number, index) {
   return scoreText(shown.pictures[number].scores[index]) || "another size";
 }
 
-/** @param {Snug.Comparison} shown @param {number} first @param {number} second @returns {string} "" when they have one size */
+/**
+ * @param {Snug.Comparison} shown @param {number} first @param {number} second
+ * @returns {string} "" when they have one size
+ */
 export function mismatch(shown, first, second) {
   const [one, other] = [shown.pictures[first], shown.pictures[second]];
   if (one.width === other.width && one.height === other.height) return "";
-  return `${nameOf(one, first)} is ${size(one)} pixels, ${nameOf(other, second)} is ${size(other)}: choose two of one size to see their difference.`;
+  const sizes = `${nameOf(one, first)} is ${size(one)} pixels, ${nameOf(other, second)} is ${size(other)}`;
+  return `${sizes}: choose two of one size to see their difference.`;
 }
 
 /** @param {{width: number, height: number}} picture */
