@@ -41,6 +41,7 @@ TABLES = (
     Table("decoding", "decoding.py", peer=("--peer", "dequant.py"), seconds=90),
     Table("flux-blocks", "flux_blocks.py", ("--peers",), ("--peers",), ("--peer-pack", ""), 240),
     Table("flux-lora", "flux_lora.py", seconds=90),
+    Table("fast-matmul", "fast_matmul.py", seconds=150),
     Table("flux-offload", "flux_offload.py", ("--double", "4", "--single", "8"), None, seconds=120),
     Table("flux-compile", "flux_compile.py", seconds=120),
     Table("offload-plan", "offload_plan.py", seconds=120),

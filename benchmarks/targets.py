@@ -65,6 +65,11 @@ def blocks(mode: str, *names: str) -> Callable[[Any], float | None]:
     return find
 
 
+def fast(way: str) -> Callable[[Any], float | None]:
+    """The largest ratio to dense of one way of fast_matmul.py over the formats."""
+    return lambda result: worst(r["dense_ratio"] for r in result["records"] if r["way"].startswith(way))
+
+
 def block_peak(result: Any) -> float | None:
     records = result["modes"].get("eager", [])
     dense = records[0]["peak_bytes"] if records else None
@@ -157,6 +162,7 @@ def cold(result: Any) -> float | None:
 
 
 BLOCKS = "flux-blocks-cuda"
+FAST = "fast-matmul-cuda"
 TARGETS = (
     Target("GGUF of every type, eager: step / bf16", 1.06, BLOCKS, blocks("eager", "Snug GGUF")),
     Target("GGUF of every type, compiled: step / bf16", 1.06, BLOCKS, blocks("compiled", "Snug GGUF")),
@@ -168,6 +174,10 @@ TARGETS = (
     Target("INT4 weight-only: step / bf16", 1.06, BLOCKS, blocks("eager", "Snug quanto int4")),
     Target("FP8 products, compiled: step / bf16", 0.72, BLOCKS, blocks("compiled", "Snug FP8 dynamic")),
     Target("INT8 products: step / bf16", 0.78, BLOCKS, blocks("compiled", "Snug INT8 dynamic")),
+    Target(
+        "rotated INT8 from any format, eager: step / bf16", 0.78, FAST, fast("int8, rounded weights kept")
+    ),
+    Target("FP8 products from any format, eager: step / bf16", 0.72, FAST, fast("fp8, rounded weights kept")),
     Target("decoding, every type: bandwidth / copy", 0.85, "decoding-cuda", bandwidth(), at_least=True),
     Target(
         "decoding, Q8_0, Q4_K: bandwidth / copy",

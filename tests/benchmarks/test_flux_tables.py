@@ -79,6 +79,17 @@ def test_decoding(made: Callable[..., Any]) -> None:
     assert all(record["bandwidth"] > 0 for record in result["records"])
 
 
+def test_fast_matmul(made: Callable[..., Any], comfyui_path: Path) -> None:
+    size = (*SMALL, "--double", "1", "--single", "2", "--pixels", "128")
+    records = made("fast_matmul", "--comfyui", str(comfyui_path), *size, "--formats", "GGUF Q4_K")["records"]
+    errors = {record["way"]: record["error"] for record in records}
+    assert errors["exact"] == errors["decoded weights kept"] == 0
+    assert 0 < errors["int8, rounded weights kept"] < errors["fp8, rounded weights kept"] < 0.1
+    copies = {record["way"]: record["copy_bytes"] for record in records}
+    assert 0 < copies["int8, rounded weights kept"] < copies["decoded weights kept"]
+    assert not copies["exact"] and not copies["int8, rounded in each call"]
+
+
 def test_targets_are_read_from_the_tables(made: Callable[..., Any]) -> None:
     rows = made("targets")["rows"]
     by_name = {row["target"]: row for row in rows}

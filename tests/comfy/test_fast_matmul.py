@@ -27,9 +27,6 @@ def test_in_and_out_of_a_workflow(
     twins: Callable[[str, str], Twins],
     comfy_server: ComfyServer,
 ) -> None:
-    folder = comfy_server.base / "models" / "loras"
-    folder.mkdir(exist_ok=True)
-    make_tiny_lora(source(family), folder / f"{family}-fast.safetensors", seed=1)
     name = twins(family, format).gguf.name
 
     def build(loras: Any = ()) -> Workflow:
@@ -49,16 +46,20 @@ def test_in_and_out_of_a_workflow(
     def error(value: torch.Tensor, reference: torch.Tensor) -> float:
         return ((value - reference).norm() / reference.norm()).item()
 
-    lora = [(f"{family}-fast.safetensors", 0.8)]
     plain, _ = run(build())
     kept, report = run(cached(build()))
     assert torch.equal(kept, plain)
     assert "copies of the weights of" in report
-    patched, _ = run(build(lora))
-    assert torch.equal(run(cached(build(lora)))[0], patched)
     rounded, report = run(fast(build()))
     assert 1e-5 < error(rounded, plain) < 0.05
     assert report.startswith("fast matmul: int8 in ")
+    if family != "flux":  # what follows is the same for all, and takes its time
+        return
+    folder = comfy_server.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    make_tiny_lora(source(family), folder / f"{family}-fast.safetensors", seed=1)
+    lora = [(f"{family}-fast.safetensors", 0.8)]
+    patched, _ = run(build(lora))
     beside, _ = run(fast(cached(build(lora))))
     assert 1e-5 < error(beside, patched) < 0.05 < error(plain, patched)
     assert torch.equal(run(fast(build(), mode="off"))[0], plain)

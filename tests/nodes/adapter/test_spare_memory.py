@@ -77,9 +77,12 @@ def test_same_results_and_nothing_is_decoded_again(
 
 
 @pytest.mark.parametrize("mode", ["merge while dequantizing", "side branch", "automatic"])
-def test_lora_of_every_mode(mode: str, sd3: Any, model: Any, decoded: list[int]) -> None:
+def test_lora_of_every_mode(mode: str, sd3: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from snug.nodes.adapter.lora_mode import set_lora_mode
+    from snug.nodes.adapter.side_branch import SideBranch
 
+    if mode == "automatic":  # as for many tokens: there is a branch, but the weight is merged
+        monkeypatch.setattr(SideBranch, "applies", lambda *_: False)
     packed, _ = sd3
     base, _ = set_lora_mode(packed, mode, False)
     lora = model.make_lora(packed.model, 1)
@@ -90,10 +93,19 @@ def test_lora_of_every_mode(mode: str, sd3: Any, model: Any, decoded: list[int])
     for strength in (0.3, 0.8, 0.3):
         assert torch.equal(run(model.with_lora(chosen, lora, strength), "sd3"), exact[strength])
         assert held(chosen)
-    decoded.clear()
-    assert torch.equal(run(model.with_lora(chosen, lora, 0.3), "sd3"), exact[0.3])
     assert torch.equal(run(chosen, "sd3"), plain)
     assert torch.equal(run(base, "sd3"), plain)
+
+
+def test_inputs_of_another_dtype(sd3: Any) -> None:
+    packed, _ = sd3
+    chosen = cached(packed)
+    run(chosen, "sd3")
+    layer = chosen.model.get_submodule("diffusion_model.joint_blocks.0.x_block.mlp.fc1")
+    x = torch.randn(4, layer.in_features, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        found, layer.weight_copy = layer(x), None
+        assert found.dtype == x.dtype and torch.equal(found, layer(x))
 
 
 def test_another_way_of_applying_lora_gives_back_the_copies_of_its_layers(sd3: Any, model: Any) -> None:
