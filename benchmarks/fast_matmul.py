@@ -88,7 +88,7 @@ def measure(
         for way, patcher in models.items():
             if way != "dense":
                 patcher.detach()
-        del models, runs, patcher, results  # or ComfyUI speaks of a leak
+        del models, runs, patcher, results, copies  # or ComfyUI speaks of a leak
         gc.collect()
     return records
 

@@ -6,6 +6,7 @@ that whoever has loaded it can give the memory back.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class Copies:
     """All copies of one model. state: what they were made for; None: to be looked at before the next call."""
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self._model = weakref.ref(model)  # which holds this: a circle would keep its memory for a while
         self._layers: list[tuple[float, PackedWeightModule]] = []
         self.state: object = None
 
@@ -100,7 +101,9 @@ class Copies:
 
     def count(self) -> None:
         """Lets ComfyUI know what they take."""
-        count_extra(self._model, "copies", self.nbytes)
+        model = self._model()
+        if model is not None:
+            count_extra(model, "copies", self.nbytes)
 
 
 def copies_of(model: Any, make: bool = False) -> Copies | None:

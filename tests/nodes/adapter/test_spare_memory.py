@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
+import weakref
 from typing import Any
 from unittest.mock import Mock
 
@@ -260,6 +262,22 @@ def test_beside_weight_hooks(sd3: Any, model: Any) -> None:
     finally:
         layer.hook_patches = None
     assert torch.equal(predict(chosen, "sd3"), plain)
+
+
+def test_a_model_that_nobody_needs_is_gone_at_once() -> None:
+    """Without waiting for the garbage collector, as its memory is wanted."""
+    from snug.nodes.adapter.weight_copies import Copies
+
+    model = torch.nn.Linear(2, 2)
+    model.model_loaded_weight_memory = 0  # type: ignore[assignment]
+    model.__dict__["copies"] = Copies(model)
+    seen = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_stay_behind_when_a_model_is_copied(sd3: Any, model: Any) -> None:
