@@ -40,12 +40,25 @@ FORMATS = (
     "GGUF Q3_K_M",
     "GGUF Q2_K",
 )
+# Of what pictures become, in README.
+FIDELITY = (
+    "dense",
+    "GGUF Q8_0",
+    "INT8 per row",
+    "FP8 e4m3fn per row",
+    "GGUF Q6_K",
+    "GGUF Q5_K_M",
+    "GGUF Q4_K_M",
+    "bitsandbytes NF4",
+    "GGUF Q3_K_M",
+    "GGUF Q2_K",
+)
 # What the second table chooses from: the most exact of each size.
 CHOICES = ("GGUF BF16", "GGUF Q8_0", "GGUF Q6_K", "GGUF Q5_K_M", "GGUF Q4_K_M", "GGUF Q3_K_M")
 CARDS = (6, 8, 10, 12, 16, 24)  # GB
 RESERVE = 2.5  # GB for sampling at about a megapixel and for the desktop: an assumption, not a measurement
 # The commit that the results shown in README were made at.
-COMMITS = {"flux-step-cpu": "70cceb3", "loading-memory": "752fa08"}
+COMMITS = {"flux-step-cpu": "70cceb3", "loading-memory": "752fa08", "fidelity": "87130c6"}
 
 
 def blocks() -> dict[Path, Callable[[], str]]:
@@ -85,6 +98,27 @@ def readme_figures() -> str:
             "",
             f"Peak memory of loading and a first step, as a multiple of the file: {', '.join(used)}. "
             + _origin(loading, "loading-memory"),
+            "",
+            fidelity_figures(_result("fidelity")),
+        ]
+    )
+
+
+def fidelity_figures(result: Mapping[str, Any]) -> str:
+    """What formats do to the digits that a tiny trained model draws."""
+    measured = {row["target"]: row for row in result["rows"]}
+    rows = []
+    for name in FIDELITY:
+        row = measured[name]
+        figures = ("–", "–") if name == "dense" else (f"{row['psnr']:.1f} dB", f"{row['ssim']:.4f}")
+        rows.append((name, f"{row['accuracy']:.1%}", *figures))
+    return "\n".join(
+        [
+            _table(("a tiny model that draws digits", "recognised", "PSNR", "SSIM"), rows),
+            "",
+            f"{result['environment']['pictures']}; recognised by a classifier of handwritten digits, PSNR and SSIM "
+            "against the dense model's pictures. They tell how formats compare, not how a large model fares. "
+            + _origin(result, "fidelity"),
         ]
     )
 
