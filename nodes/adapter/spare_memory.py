@@ -82,8 +82,8 @@ def fill(model: Any, x: torch.Tensor, rounded: Mapping[Any, str], settings: Spar
     dtype = compute_dtype(model)
     state = (
         settings,
-        tuple(set(rounded.values())),
-        len(rounded),
+        frozenset(rounded.values()),
+        frozenset(map(id, rounded)),
         dtype,
         x.device,
         model.current_weight_patches_uuid,
@@ -95,6 +95,8 @@ def fill(model: Any, x: torch.Tensor, rounded: Mapping[Any, str], settings: Spar
     for _, layer in packed_modules(model):
         if layer.weight_copy is not None and id(layer) not in there:
             copies.drop(layer)
+    if settings.limit is not None:
+        copies.release(copies.nbytes - settings.limit)
     missing = [entry for entry in wanted if id(entry.layer) not in there]
     room = _room(model, x, settings, copies.nbytes)
     try:

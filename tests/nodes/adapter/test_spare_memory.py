@@ -146,8 +146,12 @@ def test_within_the_limit_and_the_dearest_first(sd3: Any, model: Any) -> None:
     limit = sizes["Q5_K"] + sizes["Q8_0"] // 2
     chosen = cached(mixed, limit / 2**30)
     run(chosen, "sd3")
-    kept = [layer for _, layer in model.packed_modules(mixed.model) if layer.weight_copy is not None]
     assert sizes["Q5_K"] < held(chosen) <= limit
+    run(cached(mixed), "sd3")
+    assert held(chosen) > limit
+    run(chosen, "sd3")
+    assert sizes["Q5_K"] < held(chosen) <= limit, "a lower limit takes what another clone has kept"
+    kept = [layer for _, layer in model.packed_modules(mixed.model) if layer.weight_copy is not None]
     assert sum(layer.weight.params.format == "Q5_K" for layer in kept) == sum(
         layer.weight.params.format == "Q5_K" for _, layer in model.packed_modules(mixed.model)
     )
