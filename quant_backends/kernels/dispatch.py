@@ -80,9 +80,14 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
+def _torch_does(device: torch.device) -> bool:
+    """Whether there is no need to ask; a compiler that traces into this would stumble over pointers."""
+    return _forced == TORCH or (_forced == AUTO and device.type == "cpu") or torch.compiler.is_compiling()
+
+
 def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """The module that starts the kernels, where they can be used."""
-    if _forced == TORCH or (_forced == AUTO and device.type == "cpu"):
+    if _torch_does(device):
         return None
     missing = _missing(device)
     if missing is None and dtype not in TRITON_NEEDS.dtypes:
@@ -178,7 +183,7 @@ def decode_changed_by_kernel(
 
 def linear_by_kernel(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
     """x [..., in] @ weight.T + bias from the packed weight, for few rows of x; None where it does not pay or go."""
-    if _forced == TORCH or (_forced == AUTO and x.device.type == "cpu"):
+    if _torch_does(x.device):
         return None
     columns = x.shape[-1]
     tokens = x.numel() // columns if columns else 0
