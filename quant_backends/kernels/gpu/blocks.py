@@ -87,7 +87,8 @@ def dequantize_blocks(
 
     data: packed bytes, as integers that a block is whole multiples of.
     """
-    UNITS: tl.constexpr = BYTES * 8 // data.dtype.element_ty.primitive_bitwidth
+    BITS: tl.constexpr = data.dtype.element_ty.primitive_bitwidth
+    UNITS: tl.constexpr = BYTES * 8 // BITS
     first = tl.program_id(0).to(tl.int64) * ROWS
     block = tl.arange(0, ROWS)[:, None]
     valid = block < blocks - first

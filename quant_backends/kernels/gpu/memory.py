@@ -18,7 +18,8 @@ import triton.language as tl
 @triton.jit
 def words(data, block, valid, index, START: tl.constexpr, BYTES: tl.constexpr):
     """int32: the four bytes from START + 4 * index on of each block."""
-    UNIT: tl.constexpr = data.dtype.element_ty.primitive_bitwidth // 8
+    BITS: tl.constexpr = data.dtype.element_ty.primitive_bitwidth
+    UNIT: tl.constexpr = BITS // 8
     place = data + block * (BYTES // UNIT) + (START // UNIT + index * (4 // UNIT))
     if UNIT == 4:
         word = tl.load(place, mask=valid, other=0)
@@ -35,7 +36,8 @@ def words(data, block, valid, index, START: tl.constexpr, BYTES: tl.constexpr):
 @triton.jit
 def byte(data, block, valid, index, START: tl.constexpr, BYTES: tl.constexpr):
     """int32 from 0 to 255: byte START + index of each block."""
-    UNIT: tl.constexpr = data.dtype.element_ty.primitive_bitwidth // 8
+    BITS: tl.constexpr = data.dtype.element_ty.primitive_bitwidth
+    UNIT: tl.constexpr = BITS // 8
     position = START + index
     unit = tl.load(data + block * (BYTES // UNIT) + position // UNIT, mask=valid, other=0)
     return (unit.to(tl.int32) >> (position % UNIT * 8)) & 0xFF
@@ -44,7 +46,8 @@ def byte(data, block, valid, index, START: tl.constexpr, BYTES: tl.constexpr):
 @triton.jit
 def half_word(data, block, valid, index, START: tl.constexpr, BYTES: tl.constexpr):
     """int32 from 0 to 65535: the two bytes from START + 2 * index on of each block."""
-    UNIT: tl.constexpr = data.dtype.element_ty.primitive_bitwidth // 8
+    BITS: tl.constexpr = data.dtype.element_ty.primitive_bitwidth
+    UNIT: tl.constexpr = BITS // 8
     if UNIT == 1:
         low = byte(data, block, valid, 2 * index, START, BYTES)
         found = low | (byte(data, block, valid, 2 * index, START + 1, BYTES) << 8)
