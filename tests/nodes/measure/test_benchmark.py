@@ -199,21 +199,24 @@ def test_other_errors_end_it_and_leave_nothing(dense: Any) -> None:
 
 def test_cancelling(dense: Any) -> None:
     import comfy.model_management as management
-    import comfy.utils
+    from comfy.patcher_extension import WrappersMP
 
-    def cancel(done: int, *_: Any, **__: Any) -> None:
-        if done == STEPS + 2:
-            management.interrupt_current_processing(True)
+    calls = 0
 
-    seen: list[int] = []
-    comfy.utils.set_progress_bar_global_hook(lambda done, *rest, **more: (seen.append(done), cancel(done)))
+    def call(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        management.interrupt_current_processing(calls == STEPS + 2)  # in the second run
+        return executor(*args, **kwargs)
+
+    model = dense.clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "cancelled", call)
     try:
         with pytest.raises(management.InterruptProcessingException):
-            run(("a", dense), ("b", dense))
+            run(("a", model), ("b", dense))
     finally:
-        comfy.utils.set_progress_bar_global_hook(None)
         management.interrupt_current_processing(False)
-    assert seen[-1] == STEPS + 2
+    assert calls == STEPS + 2
 
 
 @pytest.fixture
