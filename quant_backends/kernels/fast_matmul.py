@@ -30,8 +30,9 @@ from .eight_bit import FEWEST_ROWS, eight_bit_linear
 INT8, FLOAT8 = "int8", "float8_e4m3fn"
 # Channels that are rotated together: the widest of these powers of 4 that divides the columns.
 WIDTHS = (256, 64, 16, 4)
-# Operations that take as long as moving one byte, as in `low_rank`.
-_GPU_FLOP_PER_BYTE, _CPU_FLOP_PER_BYTE = 160, 10
+# Operations that take as long as moving one byte: of GPUs as in `low_rank`, of CPUs by benchmarks/fast_matmul.py, where
+# rounding a weight in each call is a loss with 256 tokens.
+_GPU_FLOP_PER_BYTE, _CPU_FLOP_PER_BYTE = 160, 16
 # Bytes moved for each weight to decode it once more than the exact way does, rotate and round it.
 _ROUNDING_BYTES = 24
 # The part of a matmul's time that 8 bits save.
