@@ -1,8 +1,8 @@
 """Which implementation decodes and multiplies a packed weight: the only place that picks.
 
 "torch" can do everything everywhere. "triton" states here what it needs. The first that can is taken; `using` forces
-one, for tests and benchmarks. A kernel that fails when it is first started (no compiler for its launcher, a driver that
-is too old) is not tried again, and torch does its work.
+one, for tests and benchmarks. A kernel that cannot be started (no compiler for its launcher, a driver that is too old)
+is not tried again, and torch does its work.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ TRITON_NEEDS = Requirements(
 )
 
 _forced = AUTO
-_works: set[tuple[object, ...]] = set()
 _fails: set[tuple[object, ...]] = set()
 
 
@@ -107,10 +106,7 @@ def _launch_module() -> ModuleType:
 
 
 def _attempt(key: tuple[object, ...], start: Callable[[], None]) -> bool:
-    """Whether `start` has started kernels. What has failed the first time is not tried again."""
-    if key in _works:
-        start()
-        return True
+    """Whether `start` has started kernels. What has failed once is not tried again."""
     if key in _fails:
         return False
     try:
@@ -129,7 +125,6 @@ def _attempt(key: tuple[object, ...], start: Callable[[], None]) -> bool:
             str(error).strip().partition("\n")[0],
         )
         return False
-    _works.add(key)
     return True
 
 
@@ -199,7 +194,7 @@ def linear_by_kernel(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor |
     rows = x.reshape(tokens, columns).contiguous()
     output = torch.empty((tokens, found.rows), dtype=x.dtype, device=x.device)
     added = None if bias is None else bias.contiguous()
-    key = ("linear", packed.format.name, x.dtype, x.device, tokens > launch.MOST_VECTORS)
+    key = ("linear", packed.format.name, x.dtype, x.device, tokens > operands.MOST_VECTORS)
     if not _attempt(key, lambda: launch.linear(found, tensors, rows, added, output)):
         return None
     return output.view(*x.shape[:-1], found.rows)
@@ -210,7 +205,7 @@ def most_tokens(device: torch.device, dtype: torch.dtype) -> int:
     """Rows of x up to which a packed weight is multiplied as it is."""
     needs = TRITON_NEEDS
     if dtype == torch.float32:  # matrix units would round it
-        return needs.other_tokens
+        return operands.MOST_VECTORS
     if device.type == "cpu":  # the interpreter, for tests
         return max(needs.most_tokens.values())
     return needs.most_tokens.get(compute_capability(device), needs.other_tokens)

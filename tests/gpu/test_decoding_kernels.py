@@ -175,7 +175,6 @@ def test_a_kernel_that_fails_is_replaced_by_torch_and_told_once(
     packed = on_device(random_packed("Q4_0", (2, 64)))
     with using(TORCH):
         expected = dequantize_packed(packed)
-    monkeypatch.setattr(dispatch, "_works", set())
     monkeypatch.setattr(dispatch, "_fails", set())
     # Only the interpreter would not be taken without being asked for.
     monkeypatch.setattr(dispatch, "_kernels", lambda device, dtype: dispatch._launch_module())

@@ -14,14 +14,11 @@ import torch
 from ...core.device import multiprocessors, on_device
 from .blocks import dequantize_blocks
 from .matmul import combine, matrix_product, vectors_product
-from .operands import Constants
+from .operands import MOST_VECTORS, Constants
 from .tiles import dequantize_tiles
 
 # Weights that a program decodes at a time, by 4 warps: 32 each thread, written in four pieces of 16 bytes of bfloat16.
 TILE = 4096
-# Rows of x that are multiplied without matrix units: with more, those take fewer instructions for each weight
-# (benchmarks/kernel_code.py).
-MOST_VECTORS = 4
 # Programs that occupy a GPU, for each of its multiprocessors.
 OCCUPANCY = 2
 _COMBINE_SIZE = 1024
@@ -79,7 +76,7 @@ def _tiles_plan(found: Constants, low_rank: bool) -> Plan:
         columns = max(found.step, min(TILE if found.rows == 1 else 1024, _power_of_two(found.columns)), 16)
     rows = max(16 if low_rank else 1, min(TILE // columns, _power_of_two(found.rows)))
     options = _tile_options(found, rows, columns, 4 if rows * columns <= TILE else 8)
-    grid = (-(-found.columns // columns), -(-found.rows // rows))
+    grid = (-(-found.columns // columns) * -(-found.rows // rows),)
     return Plan(grid, options | {"LOW_RANK": low_rank})
 
 

@@ -24,6 +24,9 @@ from ...formats.scaled_base import ScaledFormat, rows_and_columns
 from ...formats.scaled_elements import ScaledElements
 from ...formats.tables import delta_grid
 
+# Rows of x that are multiplied without matrix units: with more, those take fewer instructions for each weight
+# (benchmarks/kernel_code.py).
+MOST_VECTORS = 4
 # Positions in a matrix are 32-bit integers in the kernels.
 _MOST_WEIGHTS = 1 << 31
 # The longest run of weights that shares what is decoded once for it, and the widest group that is rotated in one tile.

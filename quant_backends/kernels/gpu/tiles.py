@@ -73,8 +73,10 @@ def dequantize_tiles(
 
     rank: a multiple of 16. The sum is rounded once.
     """
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    first = tl.program_id(0) * COLUMNS
+    # One dimension of programs: the others of a grid end at 65535.
+    across = tl.cdiv(columns, COLUMNS)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)[:, None]
+    first = tl.program_id(0) % across * COLUMNS
     valid = row < rows
     values = weight_tile(
         data, part0, part1, part2, part3, part4, row, valid, first, columns, extent,
