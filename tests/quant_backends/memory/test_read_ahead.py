@@ -40,6 +40,9 @@ def _drop_from_cache(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    mapped = mapped_bytes(map_file(path), 0, SIZE)
+    if read_ahead._is_cached(mapped.data_ptr(), SIZE):
+        pytest.skip("temporary files are kept in memory here")
 
 
 def _grown(action: Callable[[], object]) -> float:
