@@ -100,6 +100,9 @@ def readme_figures() -> str:
             + _origin(loading, "loading-memory"),
             "",
             fidelity_figures(_result("fidelity")),
+            "",
+            f"The pack adds {min(run['seconds'] for run in _result('import-time')['runs']):.1f} s of processor time to "
+            "ComfyUI's start ([measured](benchmarks/results/import-time.md)).",
         ]
     )
 
