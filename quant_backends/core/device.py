@@ -68,6 +68,11 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device)
 
 
+def records_graph() -> bool:
+    """Whether work is being recorded into a CUDA graph at the moment, so that no result can be looked at."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """NVIDIA's generation of a GPU, such as (8, 9); (0, 0) for everything else."""
     return _capability(device)

@@ -2,7 +2,7 @@
 
 "torch" can do everything everywhere. "triton" states here what it needs. The first that can is taken; `using` forces
 one, for tests and benchmarks. A kernel that cannot be started (no compiler for its launcher, a driver that is too old)
-is not tried again, and torch does its work.
+or whose first result is not torch's is not tried again, and torch does its work.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 
-from ..core.device import compute_capability, interprets_kernels, triton_version
+from ..core.device import compute_capability, interprets_kernels, records_graph, triton_version
 from ..core.errors import SnugError
 from ..core.packed import PackedTensor
 from .gpu import operands
@@ -53,7 +54,11 @@ TRITON_NEEDS = Requirements(
 )
 
 _forced = AUTO
+# Kernels by what they are for: those that are not to be used, and those whose first result was right.
 _fails: set[tuple[object, ...]] = set()
+_proven: set[tuple[object, ...]] = set()
+# How far a product may be from torch's, relative to it: both round the weight and the result to 16 bits.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @contextmanager
@@ -105,27 +110,66 @@ def _launch_module() -> ModuleType:
     return launch
 
 
-def _attempt(key: tuple[object, ...], start: Callable[[], None]) -> bool:
-    """Whether `start` has started kernels. What has failed once is not tried again."""
+def _attempt(key: tuple[object, ...], start: Callable[[], None], agrees: Callable[[], bool]) -> bool:
+    """Whether `start` has started kernels. What has failed once is not tried again.
+
+    agrees: whether their result is torch's, asked once for each key: compilers and drivers differ from those that the
+    kernels were tested with, and a wrong weight would be seen as noise at best.
+    """
     if key in _fails:
         return False
     try:
         start()
+        if key in _proven or _forced == TRITON or records_graph():
+            return True
+        right = _asked(agrees)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         if _forced == TRITON:
             raise
-        _fails.add(key)
-        log.warning(
-            "Snug: a GPU kernel for %s could not be started, so torch does its work: the same result, more slowly "
-            "(%s: %s). Updating Triton and the GPU's driver may help.",
-            key[1],
-            type(error).__name__,
-            str(error).strip().partition("\n")[0],
-        )
+        reason = str(error).strip().partition("\n")[0]
+        _give_up(key, "could not be started", f" ({type(error).__name__}: {reason})")
         return False
+    if right is False:
+        _give_up(key, "gave another result than torch", "")
+        return False
+    if right:
+        _proven.add(key)
     return True
+
+
+def _asked(agrees: Callable[[], bool]) -> bool | None:
+    """What `agrees` says; None where there is no memory to find out, so that another call asks again."""
+    try:
+        with using(TORCH):
+            return agrees()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _give_up(key: tuple[object, ...], what: str, details: str) -> None:
+    _fails.add(key)
+    log.warning(
+        "Snug: a GPU kernel for %s %s, so torch does its work: the right result, more slowly%s. Updating Triton and "
+        "the GPU's driver may help.",
+        key[1],
+        what,
+        details,
+    )
+
+
+def _same_weight(found: torch.Tensor, packed: PackedTensor) -> bool:
+    from .dequantize import dequantize_packed  # which asks this module
+
+    expected = dequantize_packed(packed, found.dtype)
+    return bool(((found == expected) | (found.isnan() & expected.isnan())).all())
+
+
+def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a product is torch's but for rounding; True where either is not finite, which tells nothing."""
+    difference = (found.float() - expected.float()).norm()
+    return not bool(difference > _TOLERANCE[found.dtype] * expected.float().norm())
 
 
 def _cannot(packed: PackedTensor) -> None:
@@ -146,7 +190,7 @@ def decode_by_kernel(packed: PackedTensor, out: torch.Tensor) -> bool:
         _cannot(packed)
         return False
     key = ("dequantize", packed.format.name, out.dtype, out.device)
-    return _attempt(key, lambda: launch.dequantize(found, tensors, out))
+    return _attempt(key, lambda: launch.dequantize(found, tensors, out), lambda: _same_weight(out, packed))
 
 
 def merges_by_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -173,7 +217,15 @@ def decode_changed_by_kernel(
     out = torch.empty(packed.shape, dtype=dtype, device=device)
     up, down = up.contiguous(), down.contiguous()
     key = ("dequantize with a LoRA", packed.format.name, dtype, up.dtype, device)
-    return out if _attempt(key, lambda: launch.dequantize_changed(found, tensors, up, down, out)) else None
+
+    def agrees() -> bool:
+        from .dequantize import dequantize_packed
+
+        expected = dequantize_packed(packed).addmm_(up.float(), down.float())
+        return _close(out, expected)
+
+    done = _attempt(key, lambda: launch.dequantize_changed(found, tensors, up, down, out), agrees)
+    return out if done else None
 
 
 def linear_by_kernel(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -195,7 +247,13 @@ def linear_by_kernel(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor |
     output = torch.empty((tokens, found.rows), dtype=x.dtype, device=x.device)
     added = None if bias is None else bias.contiguous()
     key = ("linear", packed.format.name, x.dtype, x.device, tokens > operands.MOST_VECTORS)
-    if not _attempt(key, lambda: launch.linear(found, tensors, rows, added, output)):
+
+    def agrees() -> bool:
+        from .dequantize import dequantize_packed
+
+        return _close(output, F.linear(rows, dequantize_packed(packed, rows.dtype), added))
+
+    if not _attempt(key, lambda: launch.linear(found, tensors, rows, added, output), agrees):
         return None
     return output.view(*x.shape[:-1], found.rows)
 

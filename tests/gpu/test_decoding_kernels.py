@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS, Format
 from snug.quant_backends.formats.scaled import format_called
 from snug.quant_backends.kernels import dispatch
-from snug.quant_backends.kernels.dequantize import dequantize, dequantize_packed, encode
+from snug.quant_backends.kernels.dequantize import dequantize, dequantize_packed, encode, quantize_packed
 from snug.quant_backends.kernels.dispatch import TORCH, TRITON, using
+from snug.quant_backends.kernels.linear import linear
 
 pytestmark = needs_kernels
 PACKED = [fmt for fmt in FORMATS.values() if fmt.dtype is None]
@@ -185,3 +188,40 @@ def test_a_kernel_that_fails_is_replaced_by_torch_and_told_once(
     assert "dequantize" not in record.getMessage()
     assert "kernel for Q4_0 could not be started" in record.getMessage()
     assert record.getMessage().count("no C compiler") == 1 and "and more" not in record.getMessage()
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_the_first_result_of_a_kernel_is_compared_with_torch(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    packed = on_device(quantize_packed(values, FORMATS["Q8_0"]))
+    x = torch.ones(2, 64, device=DEVICE, dtype=torch.bfloat16)
+    with using(TORCH):
+        expected, product = dequantize_packed(packed), linear(x, packed)
+    launch, calls = dispatch._launch_module(), []
+
+    def changed(start: Callable[..., None], out_index: int) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            start(*arguments)
+            calls.append(start)
+            if wrong:
+                arguments[out_index].view(-1)[-1] += 100
+
+        return run
+
+    for name, out_index in (("dequantize", 2), ("linear", 4)):
+        monkeypatch.setattr(launch, name, changed(getattr(launch, name), out_index))
+    monkeypatch.setattr(dispatch, "_fails", set())
+    monkeypatch.setattr(dispatch, "_proven", set())
+    monkeypatch.setattr(dispatch, "_torch_does", lambda device: dispatch._forced == TORCH)
+    for _ in range(3):
+        assert torch.equal(bits(dequantize_packed(packed)), bits(expected))
+        assert torch.allclose(linear(x, packed).float(), product.float(), rtol=0.02, atol=0.02)
+    messages = [record.getMessage() for record in caplog.records]
+    if wrong:
+        # Once each: decoding to float32, the product, and decoding to bfloat16 in its place.
+        assert len(calls) == 3 and len(messages) == 3
+        assert all("gave another result than torch, so torch does its work" in text for text in messages)
+    else:
+        assert len(calls) == 6 and not messages and len(dispatch._proven) == 2
