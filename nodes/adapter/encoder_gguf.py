@@ -67,7 +67,8 @@ def _sizes(encoder: torch.nn.Module, architecture: str) -> Mapping[str, Metadata
         "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
         "context_length": getattr(config, "max_position_embeddings", None),
         "rope.freq_base": _first(getattr(config, "rope_theta", None)),
-        "attention.sliding_window": _first(getattr(config, "sliding_attention", None)),
+        # False stands for the layers that see everything.
+        "attention.sliding_window": max(getattr(config, "sliding_attention", None) or [0]),
     }
     return {f"{architecture}.{key}": value for key, value in found.items() if value}
 
