@@ -66,16 +66,18 @@ def _sizes(encoder: torch.nn.Module, architecture: str) -> Mapping[str, Metadata
         "attention.value_length": head_size,
         "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
         "context_length": getattr(config, "max_position_embeddings", None),
-        "rope.freq_base": _first(getattr(config, "rope_theta", None)),
+        "rope.freq_base": _largest(getattr(config, "rope_theta", None)),
         # False stands for the layers that see everything.
-        "attention.sliding_window": max(getattr(config, "sliding_attention", None) or [0]),
+        "attention.sliding_window": _largest(getattr(config, "sliding_attention", None)),
     }
     return {f"{architecture}.{key}": value for key, value in found.items() if value}
 
 
-def _first(value: Any) -> Any:
-    """Where layers differ, ComfyUI's configuration has a list."""
-    return value[0] if isinstance(value, list) and value else value
+def _largest(value: Any) -> Any:
+    """Where layers differ, ComfyUI's configuration has a list, in an order that its versions differ in; what files tell
+    is that of the layers that see everything (its base is the larger one) and the one window of the others.
+    """
+    return max(value) if isinstance(value, list) and value else value
 
 
 def _tokenizer(content: Content, architecture: str) -> Mapping[str, MetadataValue]:
