@@ -117,7 +117,8 @@ def errors_of(model: TinyNetwork, recipes: dict[str, Recipe], rows: dict[str, Ro
                 continue
             key = (recipe.target.backend == "gguf" or recipe.target.encode, fmt.name, layer.name)
             if key not in made:
-                packed = recipe.target.encode(dense, fmt, None)
+                packed = recipe.quantize(layer, dense)
+                assert packed is not None  # fmt is not
                 made[key] = dequantize_packed(packed, torch.bfloat16), packed.nbytes
             rounded, count = made[key]
             model.put(layer.name, rounded.float())
