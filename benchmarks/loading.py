@@ -8,7 +8,7 @@ The file is a Flux with its real layers, made in a temporary folder. Contenders 
 the system has dropped the file from its cache. Raw reading is one, and four threads, that read the whole file in pieces
 of 16 MiB into memory that was used before: what the disk and the system can do. "Slab" fills memory, too, group by
 group as offloading does; "touched" asks for one byte of each page of the mapped file, as calculating on a CPU does.
-Both with and without reading ahead. On a GPU "to the GPU" is the slab, filled, pinned and copied there, beside the
+On a GPU "to the GPU" is the slab, filled, pinned and copied there, beside the
 link's own bandwidth from memory that is pinned already.
 """
 
@@ -23,10 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from report import add_output_arguments, command_line, environment, heading, save, table
@@ -41,7 +39,7 @@ LIMIT = 0.8  # of raw reading, at least
 PIECE = 16 << 20
 GROUP = 128 << 20
 RAW = ("raw, 1 thread", "raw, 4 threads")
-WAYS = ("slab", "slab, no reading ahead", "touched", "touched, no reading ahead")
+SLAB, TOUCHED = "slab", "touched"
 
 
 def drop_from_cache(path: Path) -> None:
@@ -91,11 +89,8 @@ def fill_slab(path: Path, memory: torch.Tensor) -> None:
 
 
 def touch(path: Path) -> None:
-    read_ahead = importlib.import_module("snug.quant_backends.memory.read_ahead").ReadAhead
-    tensors = tensors_of(path)
-    with read_ahead(tensors):
-        for tensor in tensors:
-            tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
+    for tensor in tensors_of(path):
+        tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
 def to_gpu(path: Path, memory: torch.Tensor, device: torch.device) -> None:
@@ -115,16 +110,13 @@ def seconds(run: Callable[[], Any]) -> tuple[float, float]:
 
 def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
     """One record per way and state of the cache: GB/s at best, and processor seconds per GB."""
-    read_ahead = importlib.import_module("snug.quant_backends.memory.read_ahead")
     memory = torch.ones(path.stat().st_size + PIECE, dtype=torch.uint8)  # alignment of tensors takes a little
     file_bytes = memory[: path.stat().st_size]
     runs: dict[str, Callable[[], Any]] = {
         RAW[0]: lambda: read_raw(path, file_bytes, 1),
         RAW[1]: lambda: read_raw(path, file_bytes, 4),
-        WAYS[0]: lambda: fill_slab(path, memory),
-        WAYS[1]: lambda: fill_slab(path, memory),
-        WAYS[2]: lambda: touch(path),
-        WAYS[3]: lambda: touch(path),
+        SLAB: lambda: fill_slab(path, memory),
+        TOUCHED: lambda: touch(path),
     }
     if torch.cuda.is_available():
         device, pinned = torch.device("cuda:0"), torch.empty(PIECE * 16, dtype=torch.uint8, pin_memory=True)
@@ -136,9 +128,7 @@ def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
             for cold in (True, False):
                 if cold:
                     drop_from_cache(path)
-                without = patch.object(read_ahead, "_system", lambda: None)
-                with without if "no reading" in name else nullcontext():
-                    found.setdefault((name, cold), []).append(seconds(run))
+                found.setdefault((name, cold), []).append(seconds(run))
     size = {name: pinned.numel() if name == "link alone" else path.stat().st_size for name in runs}
     return [
         {

@@ -17,10 +17,9 @@ import comfy.utils
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ...quant_backends.memory.read_ahead import ReadAhead
 from .compat import is_dynamic, is_low_vram_patch
 from .extra_memory import count_extra, extra_bytes, forget_extra
-from .layout import PackedLayout, is_packed, unpack, warm_up
+from .layout import is_packed, unpack, warm_up
 from .lora_settings import lora_settings
 from .offload_units import is_streamed
 from .packed_module import PackedWeightModule, packed_modules
@@ -149,7 +148,6 @@ class PackedPatcher(_Base):
         return nbytes < free - comfy.model_management.minimum_inference_memory()
 
     def load(self, device_to: Any = None, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
-        self._read_ahead()
         result = super().load(device_to, lowvram_model_memory, *args, **kwargs)
         forget_extra(self.model)  # core has counted anew
         # 0: as much as it takes
@@ -170,17 +168,6 @@ class PackedPatcher(_Base):
         if is_loaded:
             self._attach_patches(self._room(extra_memory))
         return result
-
-    def _read_ahead(self) -> None:
-        """Has the weights read from their files while core moves them to the device, or, on a CPU, uses them."""
-        tensors = [
-            tensor
-            for _, module in packed_modules(self.model)
-            for tensor in PackedLayout.get_plain_tensors(module.weight)
-        ]
-        if self.load_device.type != "cpu":  # core moves the largest first
-            tensors.sort(key=lambda tensor: -tensor.nbytes)
-        ReadAhead(tensors, limit=int(comfy.model_management.get_free_memory(torch.device("cpu"))))
 
     def _warm_up(self) -> None:
         """Decodes one block of each format, so that lookup tables are on the device before sampling starts.

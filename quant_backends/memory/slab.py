@@ -16,7 +16,6 @@ import torch
 from ..core import host_memory
 from ..core.errors import SnugError
 from .plan import OffloadPlan
-from .read_ahead import ReadAhead
 
 logger = logging.getLogger("snug")
 
@@ -108,11 +107,9 @@ class GroupLayout:
     @torch.no_grad()
     def fill(self, group: int, group_bytes: torch.Tensor) -> None:
         """Writes a group's bytes, tensor by tensor: of what is mapped from a file nothing is held twice."""
-        found = {block: self._source(block) for block in self._plan.groups[group].blocks}
-        with ReadAhead(tensor for tensors in found.values() for tensor in tensors):
-            for block, tensors in found.items():
-                for view, tensor in zip(self.views(block, group_bytes), tensors, strict=True):
-                    view.copy_(tensor)
+        for block in self._plan.groups[group].blocks:
+            for view, tensor in zip(self.views(block, group_bytes), self._source(block), strict=True):
+                view.copy_(tensor)
 
     def slab_of_before(self) -> torch.Tensor | None:
         """The slab of an earlier streaming, uint8, when the source's tensors are still views of it as planned."""

@@ -118,21 +118,3 @@ def test_two_loads_share_no_settings(twins: Any, model: Any) -> None:
     (first, _), (second, _) = twins("sd3", "Q4_0").load(), twins("sd3", "Q4_0").load()
     classes = [{type(m) for _, m in model.packed_modules(p.model)} for p in (first, second)]
     assert classes[0].isdisjoint(classes[1])
-
-
-def test_weights_are_read_ahead_when_they_are_loaded(
-    sd3: Any, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import comfy.model_management as management
-
-    packed, _ = sd3
-    asked: list[Any] = []
-
-    def read_ahead(tensors: Any, limit: int) -> None:
-        asked.extend(tensors)
-        assert 0 < limit <= management.get_free_memory(torch.device("cpu")) + (1 << 30)
-
-    monkeypatch.setattr("snug.nodes.adapter.patcher.ReadAhead", read_ahead)
-    management.load_models_gpu([packed])
-    wanted = {module.weight._qdata.data_ptr() for _, module in model.packed_modules(packed.model)}
-    assert {tensor.data_ptr() for tensor in asked} == wanted
