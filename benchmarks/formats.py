@@ -224,10 +224,12 @@ def _peak_growth(function: Callable[[], Any]) -> int:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    result = function()
-    peak = max(peak, _own_memory())
-    done.set()
-    thread.join()
+    try:
+        result = function()
+        peak = max(peak, _own_memory())
+    finally:  # a library that cannot write a format must not leave the thread behind
+        done.set()
+        thread.join()
     del result
     return max(0, peak - before)
 
