@@ -203,7 +203,8 @@ TARGETS = (
     Target(
         "CPU, one thread: best-known pack's time / ours", 3, "dequantize-cpu", decoding("peer"), at_least=True
     ),
-    Target("CPU: GGUF step / dense", 1.5, "flux-step-cpu", steps),
+    Target("CPU, with libgguf: GGUF step / dense, few tokens", 1.5, "flux-step-few-tokens-cpu", steps),
+    Target("CPU, torch alone: GGUF step / dense", 1.5, "flux-step-cpu", steps),
     Target("Linear.forward to the kernel, µs", 60, "host-time-cpu", to_the_kernel),
 )
 
