@@ -20,16 +20,14 @@ from typing import Any
 import torch
 from flux_model import (
     Size,
-    add_size_arguments,
+    begin,
     caller,
-    comfyui_version,
     dense_model,
     load,
     quantized,
     random_weights,
-    start,
 )
-from report import add_output_arguments, command_line, environment, heading, save, table
+from report import heading, save, table
 from timing import interleaved
 
 EXACT = "exact"
@@ -97,13 +95,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_size_arguments(parser)
     parser.add_argument("--formats", nargs="+", default=["GGUF Q8_0", "GGUF Q4_K"], help="targets")
-    add_output_arguments(parser)
-    options = parser.parse_args()
-    command = command_line(comfyui=None)
-    device, size = start(options)
-    facts = {**environment("comfy-kitchen"), "ComfyUI": comfyui_version(), "model": str(size)}
+    run = begin(parser)
+    options, command, device, size, facts = run.options, run.command, run.device, run.size, run.facts
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     facts["threads"] = str(torch.get_num_threads())
     records = measure(options.formats, random_weights(size, device), size, device, options.rounds)

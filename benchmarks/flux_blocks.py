@@ -28,20 +28,18 @@ from typing import Any
 import torch
 from flux_model import (
     Size,
-    add_size_arguments,
+    begin,
     blocks,
     caller,
-    comfyui_version,
     compiled,
     dense_model,
     load,
     quantized,
     random_weights,
-    start,
     step_of_full_model,
 )
 from flux_peers import peer, peer_names
-from report import add_output_arguments, command_line, environment, heading, save, table
+from report import heading, save, table
 from timing import Times, interleaved, peak_growth
 
 DENSE = "dense"
@@ -223,20 +221,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_size_arguments(parser)
     parser.add_argument("--formats", nargs="*", help="targets of Quantize Model (Snug)")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), help="default: both on a GPU")
     parser.add_argument("--peers", action="store_true", help="also other libraries' layers")
     parser.add_argument("--peer-pack", type=Path, help="folder of a ComfyUI-GGUF checkout")
-    add_output_arguments(parser)
-    options = parser.parse_args()
-    command = command_line(comfyui=None, peer_pack="ComfyUI-GGUF")
-    device, size = start(options)
+    run = begin(parser, peer_pack="ComfyUI-GGUF")
+    options, command, device, size, facts = run.options, run.command, run.device, run.size, run.facts
     if options.formats is None:
         options.formats = FORMATS[device.type]
     modes = options.modes or (["eager", "compiled"] if device.type == "cuda" else ["eager"])
 
-    facts = {**environment("comfy-kitchen"), "ComfyUI": comfyui_version(), "model": str(size)}
     text = heading("Flux blocks", command, facts)
     print(text)
     found = contenders(options, size, device)

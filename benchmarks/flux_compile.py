@@ -23,17 +23,15 @@ import torch
 from flux_lora import make_lora
 from flux_model import (
     Size,
-    add_size_arguments,
+    begin,
     caller,
-    comfyui_version,
     compiled,
     dense_model,
     load,
     quantized,
     random_weights,
-    start,
 )
-from report import add_output_arguments, command_line, environment, heading, save, table
+from report import heading, save, table
 from timing import synchronize
 
 
@@ -112,13 +110,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_size_arguments(parser)
     parser.add_argument("--formats", nargs="+", default=["dense", "GGUF Q4_K"], help="dense, or targets")
-    add_output_arguments(parser)
-    options = parser.parse_args()
-    command = command_line(comfyui=None)
-    device, size = start(options)
-    facts = {**environment("comfy-kitchen"), "ComfyUI": comfyui_version(), "model": str(size)}
+    run = begin(parser)
+    options, command, device, size, facts = run.options, run.command, run.device, run.size, run.facts
     weights = random_weights(size, device)
     dense = dense_model(weights)
     records = [record for name in options.formats for record in measure(dense, weights, name, size, device)]

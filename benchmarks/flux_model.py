@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from narrow import accept_narrow_models
+from report import add_output_arguments, command_line, environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 from snug_path import register_snug
@@ -63,6 +64,33 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 3 on a CPU")
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a script was asked for: its arguments, the command without paths of this machine, where and what to measure,
+    and the facts for the head of its report."""
+
+    options: argparse.Namespace
+    command: str
+    device: torch.device
+    size: Size
+    facts: dict[str, str]
+
+
+def begin(parser: argparse.ArgumentParser, **paths: str | None) -> Run:
+    """Reads the command line, which gets the arguments of sizes and outputs besides, and starts ComfyUI.
+
+    paths: as `report.command_line` takes them.
+    """
+    add_size_arguments(parser)
+    add_output_arguments(parser)
+    options = parser.parse_args()
+    command = command_line(comfyui=None, **paths)
+    device, size = start(options)
+    version = importlib.import_module("comfyui_version").__version__
+    facts = {**environment("comfy-kitchen"), "ComfyUI": version, "model": str(size)}
+    return Run(options, command, device, size, facts)
+
+
 def start(options: argparse.Namespace) -> tuple[torch.device, Size]:
     """Makes ComfyUI importable and returns where and what to measure; fills options.rounds in."""
     if not options.comfyui:
@@ -80,10 +108,6 @@ def start(options: argparse.Namespace) -> tuple[torch.device, Size]:
     if size.hidden != FULL.hidden:
         accept_narrow_models()
     return device, size
-
-
-def comfyui_version() -> str:
-    return importlib.import_module("comfyui_version").__version__
 
 
 def flux_config(size: Size) -> dict[str, Any]:

@@ -3,10 +3,11 @@
     python benchmarks/flux_offload.py --double 19 --single 38 --markdown benchmarks/results/flux-offload-cuda.md \
         --json benchmarks/results/flux-offload-cuda.json
 
-Needs a CUDA device and a ComfyUI in $SNUG_COMFYUI_PATH; on other machines benchmarks/offload_plan.py shows the same
-plans on a simulated one. The link is measured in the same run (pinned memory to the device). Computing: a step with all
-weights on the device, same format, same run. For each share of the weights that may stay: a step streamed by Group
-Offload (Snug) and one offloaded by ComfyUI, as ratios to max(computing, bytes / link), which cannot be below 1.
+Needs a ComfyUI in $SNUG_COMFYUI_PATH. On a CPU nothing is streamed, so that --device cpu only shows that all of it
+runs; benchmarks/offload_plan.py shows the plans on a simulated device. The link is measured in the same run (pinned
+memory to the device; on a CPU, a copy in memory). Computing: a step with all weights on the device, same format, same
+run. For each share of the blocks that may stay: a step streamed by Group Offload (Snug), and one offloaded by ComfyUI
+in as much memory, as ratios to max(computing, bytes copied / link), which cannot be below 1.
 """
 
 from __future__ import annotations
@@ -14,30 +15,30 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import sys
 from functools import partial
 from typing import Any
 
 import torch
 from flux_model import (
     Size,
-    add_size_arguments,
+    begin,
     caller,
-    comfyui_version,
     dense_model,
     load,
     quantized,
     random_weights,
-    start,
 )
-from report import add_output_arguments, command_line, environment, heading, save, table
+from report import heading, save, table
 from timing import interleaved
 
 SHARES = (0.75, 0.5, 0.25, 0.0)
 
 
 def link_speed(device: torch.device) -> float:
-    """Bytes per second from pinned memory, the best of ten copies of 512 MiB."""
-    host = torch.empty(512 << 20, dtype=torch.uint8, pin_memory=True)
+    """Bytes per second from pinned memory, the best of ten copies."""
+    cuda = device.type == "cuda"
+    host = torch.empty(512 << 20 if cuda else 16 << 20, dtype=torch.uint8, pin_memory=cuda)
     there = torch.empty_like(host, device=device)
     times = interleaved({"copy": partial(there.copy_, host, non_blocking=True)}, 10, device)["copy"]
     return host.nbytes / min(times.device["whole"])
@@ -53,6 +54,19 @@ def seconds(patcher: Any, size: Size, device: torch.device, rounds: int) -> floa
     return times.seconds()
 
 
+def streamed_by_snug(patcher: Any, share: float) -> tuple[Any, Any]:
+    """(MODEL, its plan) with so much of the blocks on the device, beside the slots that the others go through.
+
+    Raises SnugError where the slots alone take more.
+    """
+    offload = importlib.import_module("snug.nodes.adapter.group_offload")
+    settings = importlib.import_module("snug.nodes.adapter.offloading").OffloadSettings
+    limit = patcher.model_size() - int((1 - share) * block_bytes(patcher)) if share else None
+    streamed = offload.offload_model(patcher, settings(limit=limit))[0]
+    offloading = streamed.offloading
+    return streamed, offloading.plan(streamed.model, offloading.units(streamed.model))
+
+
 def offloaded_by_comfyui(patcher: Any, nbytes: int) -> None:
     """Loads as ComfyUI does when its estimate leaves `nbytes` for the weights."""
     management = importlib.import_module("comfy.model_management")
@@ -62,38 +76,41 @@ def offloaded_by_comfyui(patcher: Any, nbytes: int) -> None:
 def measure(
     dense: Any, name: str, size: Size, device: torch.device, link: float, rounds: int
 ) -> list[dict[str, Any]]:
-    offload = importlib.import_module("snug.nodes.adapter.group_offload")
-    settings = importlib.import_module("snug.nodes.adapter.offloading").OffloadSettings
+    errors = importlib.import_module("snug.quant_backends.core.errors")
     patcher = dense if name == "dense" else quantized(dense, name)
     load(patcher)
     computing = seconds(patcher, size, device, rounds)
     patcher.detach()
-    total, streamed, records = patcher.model_size(), block_bytes(patcher), []
+    total, records = patcher.model_size(), []
     for share in SHARES:
-        copied = int((1 - share) * streamed)
-        floor = max(computing, copied / link)
-        limit = total - copied
-        streaming, report = offload.offload_model(patcher, settings(limit=limit if share else None))
+        try:
+            streaming, plan = streamed_by_snug(patcher, share)
+        except errors.SnugError as error:
+            print(f"left out: {name}, {share:.0%}: {error}", file=sys.stderr)
+            continue
+        # The same memory for both; whoever keeps slots in it has to copy more.
+        allowed = total - block_bytes(patcher) + plan.device_bytes
+        copied = {"snug": plan.step_bytes, "comfyui": total - allowed}
         load_streamed(streaming)
-        ours = seconds(streaming, size, device, rounds)
+        found = {"snug": seconds(streaming, size, device, rounds)}
         streaming.detach()
-        offloaded_by_comfyui(patcher, limit)
-        theirs = seconds(patcher, size, device, rounds)
+        offloaded_by_comfyui(patcher, allowed)
+        found["comfyui"] = seconds(patcher, size, device, rounds)
         patcher.detach()
         records.append(
             {
                 "format": name,
                 "share": share,
+                "allowed_bytes": allowed,
                 "computing": computing,
-                "copying": copied / link,
-                "snug": ours,
-                "comfyui": theirs,
-                "snug_ratio": ours / floor,
-                "comfyui_ratio": theirs / floor,
-                "plan": report,
+                "copying": copied["snug"] / link,
+                **found,
+                **{f"{who}_ratio": found[who] / max(computing, copied[who] / link) for who in found},
+                "plan": plan.report(),
             }
         )
         print({key: value for key, value in records[-1].items() if key != "plan"}, flush=True)
+        del streaming
         gc.collect()
     return records
 
@@ -106,23 +123,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_size_arguments(parser)
     parser.add_argument("--formats", nargs="+", default=["dense", "GGUF Q8_0", "GGUF Q4_K"])
-    add_output_arguments(parser)
-    options = parser.parse_args()
-    command = command_line(comfyui=None)
-    if options.device == "cpu" or not torch.cuda.is_available():
+    run = begin(parser)
+    options, command, device, size = run.options, run.command, run.device, run.size
+    if options.device == "auto" and not torch.cuda.is_available():
         raise SystemExit(
-            "No CUDA device: nothing is copied on a CPU. benchmarks/offload_plan.py simulates a device."
+            "No CUDA device: nothing is copied on a CPU. benchmarks/offload_plan.py simulates a device; --device cpu "
+            "shows that this script runs."
         )
-    device, size = start(options)
     link = link_speed(device)
-    facts = {
-        **environment("comfy-kitchen"),
-        "ComfyUI": comfyui_version(),
-        "model": str(size),
-        "link": f"{link / 1e9:.1f} GB/s",
-    }
+    facts = {**run.facts, "link": f"{link / 1e9:.1f} GB/s"}
     dense = dense_model(random_weights(size, device))
     records = [
         record

@@ -28,19 +28,17 @@ from flux_model import (
     DOUBLE,
     FULL,
     SINGLE,
-    add_size_arguments,
+    begin,
     caller,
-    comfyui_version,
     compiled,
     dense_model,
     flux_config,
     load,
     quantized,
     random_weights,
-    start,
 )
 from published import FLUX, FLUX_SOURCE, PIXART, PIXART_SOURCE, SDXL, SDXL_SOURCE, Published
-from report import add_output_arguments, command_line, environment, heading, save, table
+from report import heading, save, table
 from timing import peak_growth, synchronize
 
 GB, GIB = 1e9, 2**30
@@ -184,13 +182,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_size_arguments(parser)
     parser.add_argument("--steps", type=int, default=50, help="of sampling, on a GPU")
-    add_output_arguments(parser)
-    options = parser.parse_args()
-    command = command_line(comfyui=None)
-    device, size = start(options)
-    facts = {**environment("comfy-kitchen"), "ComfyUI": comfyui_version()}
+    run = begin(parser)
+    options, command, device = run.options, run.command, run.device
+    facts = {name: fact for name, fact in run.facts.items() if name != "model"}  # there are several
     encoder = t5_xxl()
     flux = flux_transformer()
     pixart = network("comfy.ldm.pixart.pixartms", "PixArtMS", **PIXART_CONFIG)

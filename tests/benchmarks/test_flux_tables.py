@@ -104,9 +104,32 @@ def test_targets_are_read_from_the_tables(made: Callable[..., Any]) -> None:
     assert (recompiled.gap(0), recompiled.gap(2)) == ("met", "missed by 2")
 
 
-def test_offloading_needs_a_device(made: Callable[..., Any], comfyui_path: Path) -> None:
+def test_offloading(made: Callable[..., Any], comfyui_path: Path) -> None:
+    """On a CPU nothing is copied; what is to run on a GPU runs here all the same."""
+    size = ("--comfyui", str(comfyui_path), *SMALL, "--double", "2", "--single", "4")
+    records = made("flux_offload", *size, "--formats", "GGUF Q4_K")["records"]
+    by_share = {record["share"]: record for record in records}
+    assert {0.75, 0.0} <= set(by_share)  # others may not leave room for the slots of so few blocks
+    assert 0 < by_share[0.75]["copying"] < by_share[0.0]["copying"]
+    assert all(0 < record["allowed_bytes"] for record in records)
+    assert all(record["snug"] > 0 and record["comfyui"] > 0 for record in records)
+
+
+def test_offloading_is_asked_for_on_a_cpu(made: Callable[..., Any], comfyui_path: Path) -> None:
+    if importlib.import_module("torch").cuda.is_available():
+        pytest.skip("there is a CUDA device")
     with pytest.raises(SystemExit, match=r"No CUDA device.*offload_plan"):
-        made("flux_offload", "--comfyui", str(comfyui_path), "--device", "cpu")
+        made("flux_offload", "--comfyui", str(comfyui_path), "--device", "auto")
+
+
+def test_sampling_for_the_published_tables(made: Callable[..., Any]) -> None:
+    model, tables = (importlib.import_module(name) for name in ("flux_model", "published_tables"))
+    device = importlib.import_module("torch").device("cpu")
+    size = model.Size(256, 1, 1, 32, 4)
+    dense = model.dense_model(model.random_weights(size, device))
+    row = next(row for row in tables.FLUX if row.target == "GGUF Q8_0")
+    found = tables.sampled(row, dense, 2, lambda patcher: model.caller(patcher, size), device)
+    assert found["seconds"] > 0 and found["growth"] == 0  # torch does not count on a CPU
 
 
 def test_the_list_of_targets_is_of_the_newest_tables(monkeypatch: pytest.MonkeyPatch) -> None:
