@@ -12,7 +12,7 @@ from .adapter.calibration import (
     calibrate_model,
     open_calibration,
 )
-from .adapter.folders import calibration_files, find_calibration, state_on_disk
+from .adapter.folders import CALIBRATIONS, state_on_disk
 from .adapter.sampling import Sampling
 from .sampling_inputs import sampling_inputs
 
@@ -175,7 +175,7 @@ class SnugLoadCalibration(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "calibration_name",
-                    options=calibration_files(),
+                    options=CALIBRATIONS.choices(CALIBRATIONS.files()),
                     tooltip="A file in models/snug_calibrations. It belongs to the model it was recorded with.",
                 )
             ],
@@ -184,7 +184,7 @@ class SnugLoadCalibration(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, calibration_name: str) -> Any:
-        return state_on_disk(find_calibration(calibration_name))
+        return state_on_disk(CALIBRATIONS.find(calibration_name))
 
     @classmethod
     def execute(cls, calibration_name: str) -> io.NodeOutput:

@@ -29,7 +29,7 @@ class SnugLoadCheckpoint(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint_name",
-                    options=folders.CHECKPOINTS.files(),
+                    options=folders.CHECKPOINTS.choices(folders.CHECKPOINTS.files()),
                     tooltip=(
                         "A .safetensors or .gguf file from models/checkpoints. What it holds and how it is "
                         "quantized is read from the file's content."

@@ -26,7 +26,7 @@ class SnugLoadControlNet(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "control_net_name",
-                    options=folders.CONTROLNETS.files(),
+                    options=folders.CONTROLNETS.choices(folders.CONTROLNETS.files()),
                     tooltip="A .safetensors or .gguf file from models/controlnet.",
                 ),
                 io.Model.Input(

@@ -28,7 +28,7 @@ class SnugLoadDiffusionModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folders.diffusion_model_files(),
+                    options=folders.DIFFUSION_MODELS.choices(folders.diffusion_model_files()),
                     tooltip=(
                         "A .gguf or .safetensors file from models/diffusion_models or models/unet, or a folder (its "
                         "name ends in /) in diffusers' layout from there or from models/diffusers. What it is, is read "

@@ -46,7 +46,7 @@ class SnugLoadLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=folders.LORAS.files(),
+                    options=folders.LORAS.choices(folders.LORAS.files()),
                     tooltip="A .safetensors or .gguf file from models/loras.",
                 ),
                 strength("strength_model", "diffusion model"),

@@ -36,7 +36,7 @@ class SnugLoadTextEncoders(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "text_encoder_1",
-                    options=files,
+                    options=folders.TEXT_ENCODERS.choices(files),
                     tooltip=(
                         "A .gguf or .safetensors file from models/text_encoders or models/clip, plain or quantized. "
                         "What it is, is read from the file's content; its name does not matter."

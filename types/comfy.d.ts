@@ -5,7 +5,8 @@ declare namespace Comfy {
     value: unknown;
     serialize?: boolean;
     element?: HTMLElement;
-    options?: DOMWidgetOptions;
+    /** values: what a combo offers. */
+    options?: DOMWidgetOptions & { values?: unknown };
   }
 
   interface DOMWidgetOptions {
@@ -86,6 +87,7 @@ declare namespace Comfy {
     commands?: { id: string; label: string; icon?: string; tooltip?: string; function: () => void }[];
     menuCommands?: { path: string[]; commands: string[] }[];
     setup?(): void | Promise<void>;
+    refreshComboInNodes?(): void;
     nodeCreated?(node: Node): void;
   }
 

@@ -7,6 +7,7 @@ import { addBlindWidget } from "./compare/blind_node.mjs";
 import { addCompareWidget } from "./compare/compare_node.mjs";
 import { TelemetryClient } from "./telemetry/client.mjs";
 import { Queue, addMonitorWidget } from "./telemetry/node_widget.mjs";
+import { chooseFirstFiles } from "./telemetry/graph.mjs";
 import { mountPanel } from "./telemetry/panel/panel.mjs";
 import { Store } from "./telemetry/store.mjs";
 
@@ -86,6 +87,11 @@ app.registerExtension({
       destroy,
     });
     if (wasOpen) openPanel();
+  },
+  /** The user has pressed R. */
+  refreshComboInNodes() {
+    const graph = app.rootGraph ?? app.graph;
+    if (graph) chooseFirstFiles(graph);
   },
   nodeCreated(node) {
     if (node.comfyClass === "SnugVRAMMonitor") addMonitorWidget(node, queue, client, store);

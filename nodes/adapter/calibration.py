@@ -18,7 +18,7 @@ from ...quant_backends.core.errors import SnugError
 from ...quant_backends.core.version import pack_version
 from ...quant_backends.quantization.calibration import Calibration, load_calibration, save_calibration
 from ...quant_backends.quantization.recording import Recorder
-from .folders import find_calibration, new_calibration_path
+from .folders import CALIBRATIONS, new_calibration_path
 from .sampling import Sampling, sample
 from .sensitivity import sensitivity_while
 
@@ -90,7 +90,7 @@ def calibrate_clip(clip: Any, prompts: str, keep: Keep) -> tuple[Calibration, st
 
 def open_calibration(name: str) -> tuple[Calibration, str]:
     """(calibration, report) of a saved file, by its name in the list. Raises SnugError."""
-    calibration = load_calibration(Path(find_calibration(name)))
+    calibration = load_calibration(Path(CALIBRATIONS.find(name)))
     return calibration, describe(calibration)
 
 

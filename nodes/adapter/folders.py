@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +13,21 @@ from ...quant_backends.core.errors import SnugError
 from ...quant_backends.readers.diffusers_layout import list_diffusers_folders
 from ...quant_backends.readers.gguf_file import looks_like_gguf
 
+# What a combo of files offers where there are none; the page shows an empty list as "undefined".
+# web/telemetry/graph.mjs knows this text as well.
+NO_FILES = "no files in models/"
+
 
 @dataclass(frozen=True, slots=True)
 class _Library:
     """Files of one kind. key: ComfyUI's folder key. gguf_key: ComfyUI lists no .gguf files under its own; for
-    models and text encoders other packs share this one; empty where there are none.
+    models and text encoders other packs share this one; empty where there are none. how: to get a first one.
     """
 
     what: str
     key: str
     gguf_key: str = ""
+    how: str = "put a .safetensors or .gguf file there"
 
     def files(self) -> list[str]:
         names: set[str] = set()
@@ -30,12 +35,20 @@ class _Library:
             names.update(n for n in folder_paths.get_filename_list(key) if n.lower().endswith(extensions))
         return sorted(names)
 
+    def choices(self, names: Sequence[str]) -> list[str]:
+        """For a combo without a default: the names, or where files belong if there are none."""
+        return list(names) or [NO_FILES + self.key]
+
     def find(self, name: str) -> str:
         for key, extensions in self._extensions().items():
             path = folder_paths.get_full_path(key, name) if name.lower().endswith(extensions) else None
             if path is not None:
                 return path
         folders = ", ".join(folder_paths.get_folder_paths(self.key))
+        if name == NO_FILES + self.key:
+            raise SnugError(
+                f"There was no {self.what} to choose in {folders}: {self.how}, press R in ComfyUI and choose it."
+            )
         raise SnugError(
             f"The {self.what} '{name}' was not found in {folders}; put the file there, or press R in ComfyUI "
             f"to refresh the list and choose another one."
@@ -52,8 +65,8 @@ LORAS = _Library("LoRA", "loras", "snug_loras_gguf")
 CHECKPOINTS = _Library("checkpoint", "checkpoints", "snug_checkpoints_gguf")
 CONTROLNETS = _Library("ControlNet", "controlnet", "snug_controlnet_gguf")
 VAES = _Library("VAE", "vae")
-# Calibrations are Snug's own: models/snug_calibrations.
-CALIBRATIONS = "snug_calibrations"
+# A folder of Snug's own.
+CALIBRATIONS = _Library("calibration", "snug_calibrations", how="save one with Calibrate (Snug)")
 
 
 def register() -> None:
@@ -66,8 +79,9 @@ def register() -> None:
     for library in (DIFFUSION_MODELS, TEXT_ENCODERS, LORAS, CHECKPOINTS, CONTROLNETS):
         if library.gguf_key not in known:
             known[library.gguf_key] = (known[library.key][0], {".gguf"})
-    if CALIBRATIONS not in known:
-        known[CALIBRATIONS] = ([os.path.join(folder_paths.models_dir, CALIBRATIONS)], {".safetensors"})
+    if CALIBRATIONS.key not in known:
+        folder = os.path.join(folder_paths.models_dir, CALIBRATIONS.key)
+        known[CALIBRATIONS.key] = ([folder], {".safetensors"})
 
 
 def diffusion_model_files() -> list[str]:
@@ -129,28 +143,12 @@ def find_text_encoder(name: str) -> str:
     return TEXT_ENCODERS.find(name)
 
 
-def calibration_files() -> list[str]:
-    """Names of the saved calibrations, sorted."""
-    return sorted(folder_paths.get_filename_list(CALIBRATIONS))
-
-
-def find_calibration(name: str) -> str:
-    """Full path of a listed file. Raises SnugError when it is gone."""
-    path = folder_paths.get_full_path(CALIBRATIONS, name)
-    if path is None:
-        raise SnugError(
-            f"The calibration '{name}' was not found in {folder_paths.get_folder_paths(CALIBRATIONS)[0]}; save it "
-            f"again with Calibrate (Snug), or press R in ComfyUI to refresh the list and choose another one."
-        )
-    return path
-
-
 def new_calibration_path(name: str) -> str:
     """Where a calibration called `name` is to be saved: a number is added where the name is taken.
 
     Makes the folder. Raises SnugError for a name that leads out of it.
     """
-    root = folder_paths.get_folder_paths(CALIBRATIONS)[0]
+    root = folder_paths.get_folder_paths(CALIBRATIONS.key)[0]
     stem = name.strip().removesuffix(".safetensors").strip()
     wanted = os.path.abspath(os.path.join(root, stem))
     if not os.path.basename(stem) or os.path.commonpath([wanted, os.path.abspath(root)]) != os.path.abspath(

@@ -17,6 +17,9 @@ const FILES_OF_NODES = {
   SnugLoadCheckpoint: [/^checkpoint_name$/, "checkpoints"],
 };
 
+/** What combos of files offer where there are none, as nodes/adapter/folders.py has it. */
+const NO_FILES = "no files in models/";
+
 /** @param {Comfy.Graph} graph @returns {Comfy.Node[]} */
 function nodesOf(graph) {
   return graph.nodes ?? graph._nodes ?? [];
@@ -72,6 +75,18 @@ export function filesToLoad(root) {
   return [...found.values()];
 }
 
+/** Once there are files, takes the first where a combo still says that there are none. @param {Comfy.Graph} graph */
+export function chooseFirstFiles(graph) {
+  for (const node of nodesOf(graph)) {
+    if (node.subgraph) chooseFirstFiles(node.subgraph);
+    for (const widget of node.widgets ?? []) {
+      const offered = widget.options?.values;
+      if (typeof widget.value !== "string" || !widget.value.startsWith(NO_FILES) || !Array.isArray(offered)) continue;
+      if (offered.length && !offered.includes(widget.value)) widget.value = offered[0];
+    }
+  }
+}
+
 /** @param {Comfy.Graph} graph @param {Map<string, Snug.FileChoice>} found */
 function collect(graph, found) {
   for (const node of nodesOf(graph)) {
@@ -81,7 +96,7 @@ function collect(graph, found) {
     for (const widget of node.widgets ?? []) {
       const [, folder] = [...(named ? [named] : []), ...FILE_INPUTS].find(([names]) => names.test(widget.name)) ?? [];
       const { value } = widget;
-      if (folder && typeof value === "string" && value && value !== "none") {
+      if (folder && typeof value === "string" && value && value !== "none" && !value.startsWith(NO_FILES)) {
         found.set(`${folder}/${value}`, { folder, name: value });
       }
     }

@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from snug.nodes.adapter.folders import CALIBRATIONS
 
     monkeypatch.setitem(
-        folder_paths.folder_names_and_paths, CALIBRATIONS, ([str(tmp_path / "found")], {".safetensors"})
+        folder_paths.folder_names_and_paths, CALIBRATIONS.key, ([str(tmp_path / "found")], {".safetensors"})
     )
     return tmp_path / "found"
 
@@ -142,7 +142,7 @@ def test_compiled_models_are_recorded_uncompiled(sd3: Any) -> None:
 
 def test_saved_loaded_and_added_to(sd3: Any, folder: Path) -> None:
     from snug.nodes.adapter.calibration import open_calibration
-    from snug.nodes.adapter.folders import calibration_files
+    from snug.nodes.adapter.folders import CALIBRATIONS
     from snug.quant_backends.core.errors import SnugError
 
     _, dense = sd3
@@ -151,7 +151,7 @@ def test_saved_loaded_and_added_to(sd3: Any, folder: Path) -> None:
     loaded, _ = open_calibration("sd3/portraits.safetensors")
     assert loaded.info == first.info
     both, _ = calibrate(dense, (2,), 1, save_as="sd3/portraits.safetensors", previous=loaded)
-    assert calibration_files() == ["sd3/portraits-2.safetensors", "sd3/portraits.safetensors"]
+    assert CALIBRATIONS.files() == ["sd3/portraits-2.safetensors", "sd3/portraits.safetensors"]
     assert both.info["samples"] == 2
     for name, layer in both.layers.items():
         assert layer.rows == 2 * first.layers[name].rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ def folders(comfy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     """folder_paths with one diffusion-model folder that holds a file of every kind."""
     import folder_paths
 
-    # Without the keys for .gguf files: another test of this process may have registered the nodes, with the real folders.
-    known = {key: value for key, value in folder_paths.folder_names_and_paths.items() if not key.endswith("_gguf")}
+    # Without the keys for .gguf files: another test of this process may have registered them, with the real folders.
+    known = {
+        key: value for key, value in folder_paths.folder_names_and_paths.items() if not key.endswith("_gguf")
+    }
     known["diffusion_models"] = ([str(tmp_path)], {".safetensors", ".sft", ".ckpt"})
     known["text_encoders"] = ([str(tmp_path / "sub")], {".safetensors"})
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", known)
@@ -151,3 +154,40 @@ def test_a_text_encoder_from_another_node_is_not_known_yet(folders: Any) -> None
 
     ask = SnugLoadTextEncoders.fingerprint_inputs
     assert ask(None, "sd3", text_encoder_2=None) == ask(None, "sd3", text_encoder_2=None)
+
+
+def test_a_combo_without_files_says_where_they_belong(folders: Any, tmp_path: Path) -> None:
+    """An empty list is shown as "undefined", and refused without a word about folders."""
+    from snug.nodes.adapter.folders import register
+    from snug.nodes.calibrate import SnugLoadCalibration
+    from snug.nodes.load_checkpoint import SnugLoadCheckpoint
+    from snug.nodes.load_controlnet import SnugLoadControlNet
+    from snug.nodes.load_diffusion_model import SnugLoadDiffusionModel
+    from snug.nodes.load_lora import SnugLoadLora
+    from snug.nodes.load_text_encoders import SnugLoadTextEncoders
+    from snug.quant_backends.core.errors import SnugError
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    nodes: dict[str, tuple[Any, dict[str, Any]]] = {
+        "diffusion_models": (SnugLoadDiffusionModel, {"compute_dtype": "auto"}),
+        "text_encoders": (SnugLoadTextEncoders, {"type": "flux"}),
+        "checkpoints": (SnugLoadCheckpoint, {"compute_dtype": "auto"}),
+        "loras": (SnugLoadLora, {"strength_model": 1.0, "strength_clip": 1.0}),
+        "controlnet": (SnugLoadControlNet, {}),
+        "snug_calibrations": (SnugLoadCalibration, {}),
+    }
+    known = folders.folder_names_and_paths
+    known.update({key: ([str(empty)], {".safetensors"}) for key in nodes})
+    known.pop("diffusers", None)
+    register()
+    for key, (node, others) in nodes.items():
+        first = next(entry for entry in node.define_schema().inputs if hasattr(entry, "options"))
+        assert first.options == [f"no files in models/{key}"]
+        way = (
+            "save one with Calibrate"
+            if key == "snug_calibrations"
+            else r"put a \.safetensors or \.gguf file there"
+        )
+        with pytest.raises(SnugError, match=rf"There was no .* in {re.escape(str(empty))}: {way}.*, press R"):
+            node.execute(**{first.id: first.options[0]}, **others)

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import test from "node:test";
-import { filesToLoad, findNode } from "../../../web/telemetry/graph.mjs";
+import { chooseFirstFiles, filesToLoad, findNode } from "../../../web/telemetry/graph.mjs";
 
 /** @param {number} id @param {object} [more] @returns {any} */
 const node = (id, more = {}) => ({ id, type: "Some", mode: 0, ...more });
@@ -42,4 +42,19 @@ test("files of loaders that run, each once", () => {
     { folder: "diffusion_models", name: "b.safetensors" },
     { folder: "text_encoders", name: "t5.gguf" },
   ]);
+});
+
+test("a combo that had no files takes the first once there are some, and none is loaded before", () => {
+  const nothing = "no files in models/diffusion_models";
+  /** @param {unknown} value @param {string[]} values */
+  const loader = (value, values) =>
+    node(1, { comfyClass: "SnugLoadDiffusionModel", widgets: [{ name: "model_name", value, options: { values } }] });
+  const still = loader(nothing, [nothing]);
+  const filled = loader(nothing, ["a.gguf", "b.gguf"]);
+  const chosen = loader("gone.gguf", ["a.gguf"]);
+  const graph = { nodes: [still, chosen, node(2, { subgraph: { nodes: [filled] } })] };
+  assert.deepEqual(filesToLoad(graph), [{ folder: "diffusion_models", name: "gone.gguf" }]);
+  chooseFirstFiles(graph);
+  const values = [still, filled, chosen].map((each) => each.widgets[0].value);
+  assert.deepEqual(values, [nothing, "a.gguf", "gone.gguf"]);
 });
