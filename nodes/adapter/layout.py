@@ -26,6 +26,8 @@ from ...quant_backends.kernels.traced import traced_dequantize
 LAYOUT_NAME = "snug.Packed"
 # What weights are in that are not quantized.
 DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Of each format, decoded before a model is used.
+_WARM_UP_BLOCKS = 80
 # Every name that a scaled format gives to one of its parts.
 PART_NAMES = (
     "scale",
@@ -177,11 +179,19 @@ def unpack(weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def warm_up(weight: QuantizedTensor, device: torch.device) -> None:
-    """Decodes one block of the weight's format on `device`: puts its lookup tables there and compiles its kernel."""
+    """Decodes some blocks of the weight's format on `device`: puts its lookup tables there, compiles its kernel and has
+    the result compared with torch's.
+
+    Of random bytes, as the wrong code decodes zeros, too; a multiple of 16 blocks, as Triton compiles one kernel for
+    those, which weights have, and another one for the rest.
+    """
     fmt = format_called(weight.params.format)
     if isinstance(fmt, type):
-        block = torch.zeros(fmt.block_bytes, dtype=torch.uint8, device=device)
-        dequantize(block, fmt, (fmt.block_size,), weight.dtype)
+        generator = torch.Generator().manual_seed(0)
+        data = torch.randint(
+            0, 256, (_WARM_UP_BLOCKS * fmt.block_bytes,), dtype=torch.uint8, generator=generator
+        )
+        dequantize(data.to(device), fmt, (_WARM_UP_BLOCKS, fmt.block_size), weight.dtype)
 
 
 def packed_linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from ..core.device import multiplies_float8
+from ..core.device import multiplies_float8, on_device
 from ..formats.rotation import rotate
 from ..formats.scaled_elements import ScaledElements
 from .dequantize import dequantize_packed, quantize_packed
@@ -95,7 +95,8 @@ def _kitchen_int8(width: int) -> Product | None:
     def product(
         x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        return int8_linear(x, codes, scale.view(-1, 1), bias, out_dtype=x.dtype, **rotation)
+        with on_device(x.device):  # its kernels are started on the current one
+            return int8_linear(x, codes, scale.view(-1, 1), bias, out_dtype=x.dtype, **rotation)
 
     return product
 

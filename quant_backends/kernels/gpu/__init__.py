@@ -1,5 +1,5 @@
 """Kernels for NVIDIA GPUs, written in Triton.
 
-`formats` says what there is, without importing Triton; `dispatch` in the folder above asks it. Everything else here is
+`operands` says what there is, without importing Triton; `dispatch` in the folder above asks it. Everything else here is
 imported when a kernel is first used, because Triton is optional.
 """

@@ -18,7 +18,7 @@ from .memory import rounded
 def decode(data, table, block, valid, FORMAT: tl.constexpr, ROWS: tl.constexpr):
     """float32 [ROWS, weights per block]: the blocks with the numbers `block` [ROWS, 1] where `valid`.
 
-    table: what the format looks up, as `formats.GPU_FORMATS` says; any pointer where it looks up nothing.
+    table: what the format looks up, as `operands.block_table` makes it; any pointer where it looks up nothing.
     """
     if FORMAT == "Q4_0":
         values = q4_0(data, block, valid, ROWS)

@@ -77,6 +77,10 @@ def _tiles_plan(found: Constants, low_rank: bool) -> Plan:
     rows = max(16 if low_rank else 1, min(TILE // columns, _power_of_two(found.rows)))
     options = _tile_options(found, rows, columns, 4 if rows * columns <= TILE else 8)
     grid = (-(-found.columns // columns) * -(-found.rows // rows),)
+    if low_rank and columns > 256:
+        options["num_stages"] = (
+            1  # factors in float32 for more tiles do not fit into a desktop card's shared memory
+        )
     return Plan(grid, options | {"LOW_RANK": low_rank})
 
 

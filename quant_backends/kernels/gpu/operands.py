@@ -147,7 +147,8 @@ def tensors(packed: PackedTensor, found: Constants) -> tuple[torch.Tensor, ...] 
     None where the data does not begin at a whole number of such integers.
     """
     data = packed.data.view(-1)
-    address = data.data_ptr()
+    # torch views bytes as wider integers where they begin at a multiple of those in their storage, too.
+    address = data.data_ptr() | int(data.storage_offset()) * data.element_size()
     if found.unit is None:
         odd = address | found.b
         unit = 1 if odd & 1 else 2 if odd & 2 else 4
