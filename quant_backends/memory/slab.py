@@ -136,6 +136,8 @@ class GroupLayout:
 
 def _bytes_from(tensor: torch.Tensor, before: int, nbytes: int) -> torch.Tensor | None:
     """uint8 [nbytes] of the memory that a tensor lies in, from `before` bytes ahead of it; None: it has not so much."""
+    if tensor.device.type != "cpu":
+        return None
     storage = tensor.untyped_storage()
     start = tensor.data_ptr() - storage.data_ptr() - before
     if start < 0 or start + nbytes > storage.nbytes():

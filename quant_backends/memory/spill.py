@@ -19,6 +19,8 @@ from .plan import aligned, size_text
 
 # What Linux knows about this process's memory.
 MAPS = Path("/proc/self/maps")
+# Mapped under a name, but no file: what drivers map for a GPU, pinned memory, and memory that processes share.
+_NO_FILES = ("/dev/", "/memfd:", "/SYSV")
 
 
 class FileBacked:
@@ -28,13 +30,16 @@ class FileBacked:
         self._starts: list[int] = []
         self._ends: list[int] = []
         for line in MAPS.read_text().splitlines() if MAPS.exists() else ():
-            addresses, _, _, _, inode, *_ = line.split()
-            if inode != "0":
+            addresses, _, _, _, inode, *name = line.split(maxsplit=5)
+            path = "".join(name)
+            if inode != "0" and (path.startswith("/dev/shm/") or not path.startswith(_NO_FILES)):
                 start, end = (int(address, 16) for address in addresses.split("-"))
                 self._starts.append(start)
                 self._ends.append(end)
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
+        if tensor.device.type != "cpu":
+            return False
         number = bisect_right(self._starts, tensor.data_ptr()) - 1
         return number >= 0 and tensor.data_ptr() < self._ends[number]
 
