@@ -58,7 +58,8 @@ class SnugLoadTextEncoders(io.ComfyNode):
                         optional=True,
                         tooltip=(
                             "Another text encoder, for models that use several: SDXL, Flux and HunyuanVideo two, "
-                            "SD3 up to three, HiDream up to four. The order does not matter."
+                            "SD3 up to three, HiDream up to four; or the text projection of LTX-2. The order does not "
+                            "matter."
                         ),
                     )
                     for number in (2, 3, 4)
@@ -74,6 +75,16 @@ class SnugLoadTextEncoders(io.ComfyNode):
                     ),
                 ),
                 on_load_input("quantize", available_targets(), "the text encoders"),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=[NONE, *folders.CHECKPOINTS.files()],
+                    default=NONE,
+                    optional=True,
+                    tooltip=(
+                        "For LTX-2: the checkpoint from models/checkpoints that holds the projection between Gemma and "
+                        "the diffusion model, unless a file with it is chosen above. Only that part of it is loaded."
+                    ),
+                ),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoders, ready for CLIP Text Encode and LoRA.")],
         )
@@ -88,6 +99,7 @@ class SnugLoadTextEncoders(io.ComfyNode):
         names = [*_chosen(text_encoder_1, optional), *([mmproj] if mmproj not in (AUTO, NONE) else [])]
         # None comes from another node and is not known yet.
         paths = [folders.find_text_encoder(name) for name in names if name is not None]
+        paths += _checkpoint(optional)
         parts = folders.parts_on_disk(paths) if mmproj == AUTO else ()
         return (
             type,
@@ -104,6 +116,7 @@ class SnugLoadTextEncoders(io.ComfyNode):
         if mmproj not in (AUTO, NONE):
             mmproj = folders.find_text_encoder(mmproj)
         paths = [folders.find_text_encoder(name) for name in _chosen(text_encoder_1, optional)]
+        paths += _checkpoint(optional)
         quantize = optional.get("quantize", AS_IN_FILE)
         return io.NodeOutput(load_text_encoders(paths, type, mmproj, quantize))
 
@@ -111,3 +124,8 @@ class SnugLoadTextEncoders(io.ComfyNode):
 def _chosen(first: Any, optional: Mapping[str, Any]) -> list[Any]:
     others = (optional.get(f"text_encoder_{number}", NONE) for number in (2, 3, 4))
     return [first, *(name for name in others if name != NONE)]
+
+
+def _checkpoint(optional: Mapping[str, Any]) -> list[str]:
+    name = optional.get("checkpoint", NONE)
+    return [] if name in (NONE, None) else [folders.CHECKPOINTS.find(name)]

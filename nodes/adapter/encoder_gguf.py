@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 
 from ...quant_backends.core.errors import SnugError
-from ...quant_backends.readers.text_encoder_tables import FAMILIES
+from ...quant_backends.readers.text_encoder_tables import FAMILIES, PROJECTIONS
 from ...quant_backends.readers.tokenizers import tokenizer_key
 from ...quant_backends.writers import text_encoder_architecture, tokenizer_metadata
 from ...quant_backends.writers.gguf_file import MetadataValue
@@ -19,6 +19,8 @@ from .containers import Content, Renamed
 
 # llama.cpp has no names for CLIP's text models: files of them that people have keep the original ones.
 CLIP_NAMES, CLIP = "text_model.encoder.layers.", "clip"
+# Nor for the projection of LTX-2, which is a part of its checkpoint.
+LTX = "ltxv"
 EMBEDDINGS = ("shared.weight", "model.embed_tokens.weight")
 # ComfyUI has it beside every text encoder, and uses it in none.
 UNUSED = "logit_scale"
@@ -40,6 +42,8 @@ def as_gguf(content: Content) -> Content:
     names = [name for name in tensors if name not in (UNUSED, MT5, *TOKENIZER_FILES)]
     if any(name.startswith(CLIP_NAMES) for name in names):
         architecture, metadata = CLIP, {}
+    elif any(name.startswith(PROJECTIONS) for name in names):
+        architecture, metadata = LTX, {}
     else:
         found = text_encoder_architecture(names)
         if found is None or content.encoder is None or MT5 in tensors:

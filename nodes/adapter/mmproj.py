@@ -17,8 +17,8 @@ from ...quant_backends.readers.text_encoder_tables import VISION_OF
 logger = logging.getLogger("snug")
 
 EMBEDDINGS = "model.embed_tokens.weight"
-# What ComfyUI's classes call their towers for images (Qwen; Gemma) and sound (Gemma 4).
-TOWERS = ("visual", "vision_model", "audio_model")
+# What ComfyUI's classes call their towers for images (Qwen; Gemma, with what comes behind it) and sound (Gemma 4).
+TOWERS = ("visual", "vision_model", "multi_modal_projector", "audio_model")
 
 
 @dataclass(frozen=True)

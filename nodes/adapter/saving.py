@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from comfy.cli_args import args
 
 from ...quant_backends.core.errors import SnugError
 from ...quant_backends.core.version import pack_version
+from ...quant_backends.readers.checkpoint_names import DIFFUSION_PREFIX
 from ...quant_backends.readers.repairs import rename_qk_norms
 from .containers import AUTO, Content, Renamed, Tensors, file_kind, write
 from .conversion import NETWORK
@@ -29,6 +31,9 @@ from .reweight import unload
 # Of the whole of saving, what hashing the source files counts for in the progress bar.
 _HASHING = 0.2
 _STEPS = 1000
+# Beside the text encoders of LTX-2; its connectors are told by the names that they have in its diffusion model.
+PROJECTION = "projection"
+_CONNECTOR = re.compile(r"(audio|video)_embeddings_connector\.")
 # Qwen 3 VL; its largest, MiniMax's, which is cut after this layer, stays as it is.
 _DEEPSTACK = "visual.deepstack_merger_list.0.norm.weight"
 _MINIMAX_LAYER = "model.layers.49.self_attn.q_proj.weight"
@@ -96,12 +101,16 @@ def _tokenizer_tensors(tokenizer: Any) -> dict[str, torch.Tensor]:
 
 
 def _names_in_files(names: Mapping[str, str]) -> dict[str, str]:
-    """ComfyUI moves the vision part of Qwen 3 VL when it loads one, and tells by its first place which model it is."""
+    """ComfyUI moves the vision part of Qwen 3 VL when it loads one, and tells by its first place which model it is; it
+    takes LTX-2's connectors out of a checkpoint."""
     is_moved = _DEEPSTACK in names and _MINIMAX_LAYER not in names
-    return {
-        f"model.{name}" if is_moved and name.startswith("visual.") else name: old
-        for name, old in names.items()
-    }
+
+    def renamed(name: str) -> str:
+        if _CONNECTOR.match(name):
+            return DIFFUSION_PREFIX + name
+        return f"model.{name}" if is_moved and name.startswith("visual.") else name
+
+    return {renamed(name): old for name, old in names.items()}
 
 
 def _content(tensors: ModelTensors, names: Mapping[str, str], more: Tensors) -> Content:
@@ -137,7 +146,7 @@ def _save(
         ending, convention = file_kind(content, settings.container)
         if ending == ".gguf" and content.is_text_encoder:
             content = as_gguf(content)
-        prefix = f"{settings.prefix}_{part}" if len(files) > 1 else settings.prefix
+        prefix = f"{settings.prefix}_{part or PROJECTION}" if len(files) > 1 else settings.prefix
         path = output_path(prefix, ending, settings.folder, key, settings.collision)
         jobs.append((path, content, convention))
     known = {**texts, "snug_provenance": json.dumps(_described(patcher, provenance, settings, bar))}

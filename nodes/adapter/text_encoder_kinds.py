@@ -1,7 +1,8 @@
 """Which text encoders the types of ComfyUI's CLIP loaders use, and the check before anything is loaded.
 
 Read from `comfy.sd.load_text_encoder_state_dicts` of ComfyUI 0.3.75 and 0.33. A kind is what core's own
-detection calls a file (`TEModel`), with UMT5 told apart from T5 by its vocabulary.
+detection calls a file (`TEModel`), with UMT5 told apart from T5 by its vocabulary, and one of ours for the files that
+core looks into without a name for them.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import comfy.sd
 
 from ...quant_backends.core.errors import FileFormatError, SnugError
+from ...quant_backends.readers.text_encoder_kinds import projection_names
 
 UMT5_ROWS = 256384
+# LTX-2's file beside its Gemma.
+PROJECTION = "LTX2_PROJECTION"
 
 # Kind: (what people call it, types that take it alone). No types: ComfyUI loads it alike whatever the type.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -33,11 +38,15 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "LLAMA3_8": ("LLaMA 3 8B", ("hidream",)),
     "GEMMA_2_2B": ("Gemma 2 2B", ("lumina2", "pixeldit")),
     "GEMMA_3_4B": ("Gemma 3 4B", ("lumina2",)),
+    "GEMMA_3_4B_VISION": ("Gemma 3 4B", ("lumina2",)),
     "GEMMA_3_12B": ("Gemma 3 12B", ("ltxv",)),
     "GEMMA_4_E2B": ("Gemma 4 E2B", ()),
     "GEMMA_4_E4B": ("Gemma 4 E4B", ()),
     "GEMMA_4_12B": ("Gemma 4 12B", ()),
     "GEMMA_4_31B": ("Gemma 4 31B", ()),
+    "T5_GEMMA": ("T5Gemma", ()),
+    "JINA_CLIP_2": ("Jina CLIP v2", ()),
+    "GPT_OSS_20B": ("GPT-OSS 20B", ()),
     "QWEN25_3B": ("Qwen2.5-VL 3B", ("omnigen2",)),
     "QWEN25_7B": ("Qwen2.5-VL 7B", ("qwen_image", "hunyuan_image", "longcat_image")),
     "QWEN3_06B": ("Qwen3 0.6B", ()),
@@ -46,12 +55,20 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "QWEN3_8B": ("Qwen3 8B", ("flux2", "ideogram4")),
     "QWEN3VL_4B": ("Qwen3-VL 4B", ()),
     "QWEN3VL_8B": ("Qwen3-VL 8B", ()),
+    "QWEN3VL_32B": ("Qwen3-VL 32B (for MiniMax H3)", ()),
+    "QWEN35_08B": ("Qwen3.5 0.8B", ()),
+    "QWEN35_2B": ("Qwen3.5 2B", ()),
+    "QWEN35_4B": ("Qwen3.5 4B", ()),
+    "QWEN35_9B": ("Qwen3.5 9B", ()),
+    "QWEN35_27B": ("Qwen3.5 27B", ()),
     "MISTRAL3_24B": ("Mistral Small 3 24B", ("flux2",)),
     "MISTRAL3_24B_PRUNED_FLUX2": ("Mistral Small 3 24B (for Flux 2)", ("flux2",)),
     "MINISTRAL_3_3B": ("Ministral 3 3B", ()),
 }
 
 _T5_CLIPS = frozenset({"CLIP_L", "CLIP_G", "T5_XXL"})
+# What LTX-2 has been made with: its first versions with Gemma 3, later ones with Gemma 4.
+_LTX2_GEMMAS = frozenset({"GEMMA_3_12B", "GEMMA_4_E2B", "GEMMA_4_E4B", "GEMMA_4_12B", "GEMMA_4_31B"})
 # Types that take several files: number of files, then type to the kinds among them.
 TOGETHER: dict[int, dict[str, frozenset[str]]] = {
     2: {
@@ -66,21 +83,26 @@ TOGETHER: dict[int, dict[str, frozenset[str]]] = {
         "kandinsky5_image": frozenset({"QWEN25_7B", "CLIP_L"}),
         "newbie": frozenset({"GEMMA_3_4B", "JINA_CLIP_2"}),
         "ace": frozenset({"QWEN3_06B", "QWEN3_2B", "QWEN3_4B"}),
+        "ltxv": _LTX2_GEMMAS | {PROJECTION},
     },
     3: {"sd3": _T5_CLIPS},
     4: {"hidream": _T5_CLIPS | {"LLAMA3_8"}},
 }
-# Their second file holds projections that no table knows.
-FREE_PAIRS = ("ltxv",)
+PROJECTION_NAME = "LTX-2's text projection"
 
 
 def clip_types() -> list[str]:
     """The types of the running ComfyUI, those for one file first."""
+    return list(dict.fromkeys([*_types_of("CLIPLoader"), *_pair_types()]))
+
+
+def _pair_types() -> list[str]:
+    return _types_of("DualCLIPLoader")
+
+
+def _types_of(loader: str) -> list[str]:
     nodes: Any = importlib.import_module("nodes")  # ComfyUI's; not complete while custom nodes are imported
-    types: dict[str, None] = {}
-    for loader in (nodes.CLIPLoader, nodes.DualCLIPLoader):
-        types.update(dict.fromkeys(loader.INPUT_TYPES()["required"]["type"][0]))
-    return list(types)
+    return getattr(nodes, loader).INPUT_TYPES()["required"]["type"][0]
 
 
 def detect_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -92,7 +114,7 @@ def detect_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     except LookupError:  # it looks at tensors and dimensions that a damaged file does not have
         return None
     if found is None:
-        return None
+        return PROJECTION if projection_names(shapes) else None
     is_umt5 = shapes.get("shared.weight", ())[:1] == (UMT5_ROWS,)
     return f"UM{found.name}" if is_umt5 else found.name
 
@@ -105,15 +127,25 @@ def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None
     count = len(kinds)
     if count == 1:
         ((path, kind),) = kinds
+        if kind == PROJECTION:
+            raise FileFormatError(
+                os.fspath(path),
+                f"this is {PROJECTION_NAME}, which is no text encoder by itself",
+                "choose its Gemma beside it, and type ltxv",
+            )
         name, types = KINDS.get(kind or "", ("", ()))
         if types and clip_type not in types:
             raise _wrong_type(path, name, clip_type, types)
         return
     wanted = TOGETHER[count].get(clip_type)
+    if wanted is not None and count == 2 and clip_type not in _pair_types():
+        raise SnugError(
+            f"This ComfyUI takes type {clip_type} with one text encoder file only, got 2; update ComfyUI."
+        )
     if wanted is None:
         possible = [number for number in TOGETHER if clip_type in TOGETHER[number]]
         alone = any(clip_type in types for _, types in KINDS.values())
-        if clip_type not in FREE_PAIRS and (possible or alone):
+        if possible or alone:
             numbers = " or ".join(map(str, [1] * alone + possible))
             raise SnugError(
                 f"Type {clip_type} takes {numbers} text encoder file{'s' * (numbers != '1')}, got {count}; set the "
@@ -121,12 +153,22 @@ def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None
             )
         return
     for path, kind in kinds:
-        if kind in KINDS and kind not in wanted:
-            raise _wrong_type(path, KINDS[kind][0], clip_type, _types_for(kind, count))
+        name = PROJECTION_NAME if kind == PROJECTION else KINDS.get(kind or "", ("", ()))[0]
+        if name and kind not in wanted:
+            raise _wrong_type(path, name, clip_type, _types_for(kind or "", count))
+    found = [kind for _, kind in kinds]
+    if clip_type == "ltxv" and found.count(PROJECTION) != 1:
+        raise SnugError(
+            f"Type ltxv takes a Gemma and {PROJECTION_NAME}, got {' and '.join(Path(path).name for path, _ in kinds)}; "
+            f"choose one file of each, or the Gemma and an LTX-2 checkpoint as checkpoint."
+        )
 
 
 def _types_for(kind: str, count: int) -> tuple[str, ...]:
-    return tuple(name for name, kinds in TOGETHER[count].items() if kind in kinds) or KINDS[kind][1]
+    return (
+        tuple(name for name, kinds in TOGETHER[count].items() if kind in kinds)
+        or KINDS.get(kind, ("", ()))[1]
+    )
 
 
 def _wrong_type(path: str, name: str, clip_type: str, types: tuple[str, ...]) -> FileFormatError:

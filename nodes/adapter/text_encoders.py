@@ -37,18 +37,19 @@ from .packed_module import LoadSettings, set_compute_dtype
 from .patcher import adopt
 from .provenance import note_sources, with_recipe
 from .quantize_on_load import AS_IN_FILE, quantize_tensors
-from .text_encoder_kinds import check_kinds, detect_kind
+from .text_encoder_kinds import PROJECTION, check_kinds, detect_kind
 
 logger = logging.getLogger("snug")
 
 # What ComfyUI's text encoders calculate in, on every device.
 COMPUTE_DTYPE = torch.float32
 # One of these is in every text encoder, also in those that detection leaves to ComfyUI's defaults.
-TEXT_NAMES = re.compile(
-    r"token_embedding|embed_tokens|word_embeddings|shared\.weight|text_model|text_embedding_projection"
-)
+TEXT_NAMES = re.compile(r"token_embedding|embed_tokens|word_embeddings|shared\.weight|text_model")
 # Kinds whose quantized weights ComfyUI's loader does not look for: it would leave their scales away.
-UNSCALED_BY_CORE = ("CLIP_L", "CLIP_G", "CLIP_H", "T5_XL", "T5_BASE", "UMT5_BASE", "BYT5_SMALL_GLYPH")
+UNSCALED_BY_CORE = (
+    *("CLIP_L", "CLIP_G", "CLIP_H", "T5_XL", "T5_BASE", "UMT5_BASE", "BYT5_SMALL_GLYPH"),
+    *("T5_GEMMA", "JINA_CLIP_2", PROJECTION),
+)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ ROLES = (
     "patchify",
     "^(final_layer|final_linear|head|last_layer|proj_out|conv_out|out)",
 )
-# Text encoders: tables, which diffusers does not cast either, and the projection at the end.
+# Text encoders: tables, which diffusers does not cast either, and the projection at the end. LTX-2's connectors behind
+# it are transformers of their own.
 TEXT_ENCODER = (
     "norm",
-    "embed",
+    "embed(?!dings_connector)",
     r"(^|\.)shared$",
     "relative_attention_bias",
     r"(^|_|\.)projection$",

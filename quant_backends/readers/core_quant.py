@@ -7,7 +7,8 @@ int8_tensorwise also has "convrot" and "convrot_groupsize", there or in "params"
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +45,17 @@ def is_per_layer(file: SafetensorsFile) -> bool:
 def core_layers(file: SafetensorsFile) -> dict[str, Mapping[str, Any]]:
     """What the file says about each quantized layer, "format" always among it; what lies beside a weight wins."""
     return _in_metadata(file) | _beside_weights(file)
+
+
+def only_layers(file: SafetensorsFile, names: Collection[str]) -> SafetensorsFile:
+    """The file as if it had only these tensors, and said nothing about other layers."""
+    metadata = dict(file.metadata)
+    layers = {name: layer for name, layer in _in_metadata(file).items() if f"{name}.weight" in names}
+    if METADATA in metadata and not layers:
+        del metadata[METADATA]
+    elif layers:
+        metadata[METADATA] = json.dumps({"layers": layers})
+    return file.only(names, metadata)
 
 
 def load_core_int8(groups: KeyGroups) -> None:

@@ -12,11 +12,12 @@ file, the only exception that leaves this module is `FileFormatError`.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -96,6 +97,13 @@ class SafetensorsFile:
         if info.offset % info.dtype.itemsize:
             stored = stored.clone()  # written by a tool that aligns nothing
         return stored.view(info.dtype).view(info.shape)
+
+    def only(self, names: Collection[str], metadata: Mapping[str, str]) -> SafetensorsFile:
+        """The same open file as if it had no other tensors, and this metadata."""
+        part = copy.copy(self)
+        part.tensors = {name: info for name, info in self.tensors.items() if name in names}
+        part.metadata = metadata
+        return part
 
     def fail(self, problem: str, hint: str = REDOWNLOAD) -> NoReturn:
         """Raise FileFormatError about this file."""

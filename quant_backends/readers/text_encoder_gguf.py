@@ -23,7 +23,7 @@ from .gguf_tensors import TensorInfo
 from .gguf_values import Metadata, shown
 from .model_kind import text_value
 from .repairs import original_shape
-from .text_encoder_kinds import refuse_other_kinds
+from .text_encoder_kinds import projection_names, refuse_other_kinds
 from .text_encoder_tables import (
     DIRECT_TENSORS,
     FAMILIES,
@@ -133,6 +133,9 @@ def open_text_encoder_gguf(path: str | os.PathLike[str]) -> TextEncoderGGUF:
     file = GGUFFile(path)
     refuse_other_kinds(file.path, file.tensors, file.metadata)
     architecture = text_value(file.metadata, "general.architecture")
+    projection = projection_names(file.tensors)
+    if projection:
+        return TextEncoderGGUF(file, architecture, None, {name: file.tensors[name] for name in projection})
     if not any(LLAMA_CPP.match(name) for name in file.tensors):
         return TextEncoderGGUF(file, architecture, None, hugging_face_names(_original_names(file)))
     if any(name.startswith("enc.blk.") for name in file.tensors):

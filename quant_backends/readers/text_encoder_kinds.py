@@ -10,7 +10,26 @@ from ..core.errors import FileFormatError
 from .diffusion_tables import VAE, VAE_DECODER, VISION_TOWER
 from .gguf_values import Metadata
 from .model_kind import VISION_TYPES, text_value
-from .text_encoder_tables import ADAPTER, CHECKPOINT, DENOISER, PROJECTIONS
+from .text_encoder_tables import (
+    ADAPTER,
+    CHECKPOINT,
+    CONNECTORS,
+    DENOISER,
+    PROJECTIONS,
+    THIRD_CONNECTOR_BLOCK,
+)
+
+
+def projection_names(names: Collection[str]) -> list[str]:
+    """What ComfyUI's text encoder uses of an LTX-2 file that holds its projection: alone, with connectors, or in the
+    whole checkpoint. Empty for all other files, and for text encoders that have a projection in the same file."""
+    if not any(name.startswith(PROJECTIONS) for name in names) or any(
+        name.startswith(("model.layers.", "blk.")) for name in names
+    ):
+        return []
+    unused = any(name.startswith(THIRD_CONNECTOR_BLOCK) for name in names)
+    wanted = PROJECTIONS if unused else PROJECTIONS + CONNECTORS
+    return [name for name in names if name.startswith(wanted)]
 
 
 def refuse_other_kinds(path: Path, names: Collection[str], metadata: Metadata | None = None) -> None:

@@ -19,11 +19,12 @@ from ..formats.scaled import scaled_format
 from ..kernels.dequantize import dequantize_packed
 from .clip_names import hugging_face_names, split_attention, split_shapes
 from .conventions import Convention, load_quantized, recognise
+from .core_quant import only_layers
 from .fp8_keys import FLOAT8
 from .quanto_keys import PACKED
 from .safetensors_file import SafetensorsFile
 from .sharded_safetensors import refuse_part
-from .text_encoder_kinds import refuse_other_kinds
+from .text_encoder_kinds import projection_names, refuse_other_kinds
 from .text_encoder_tables import DIRECT_TENSORS, FROM_HIDDEN, TO_HIDDEN
 
 
@@ -79,6 +80,9 @@ def open_text_encoder_safetensors(path: str | os.PathLike[str]) -> TextEncoderSa
     refuse_part(path)
     file = SafetensorsFile(path)
     refuse_other_kinds(file.path, file.tensors)
+    projection = projection_names(file.tensors)
+    if projection:
+        file = only_layers(file, projection)
     convention = recognise(file)
     if convention.core and not convention.loaders:
         shapes = {name: _unpacked_shape(file, name) for name in file.tensors}

@@ -145,7 +145,11 @@ DENOISER = re.compile(
     r"|joint_transformer|double_transformer)_blocks|blocks|(double|single)_layers|(noise|context)_refiner)\.\d+\."
 )
 ADAPTER = re.compile(r".*\.(lora_(a|b|up|down|A|B)(\.\w+)?|hada_w\d_[ab]|lokr_w\d(_[ab])?)$")
+# LTX-2's, from a Gemma to the diffusion model; in its checkpoint or in files of their own.
 PROJECTIONS = ("text_embedding_projection.",)
+# What ComfyUI takes beside it; the connectors only of the first LTX-2, which have no third block.
+CONNECTORS = tuple(f"model.diffusion_model.{part}_embeddings_connector." for part in ("audio", "video"))
+THIRD_CONNECTOR_BLOCK = f"{CONNECTORS[0]}transformer_1d_blocks.2."
 # Linear layers of language models and T5 by what they lead to, for files that do not tell their shapes.
 FROM_HIDDEN = (
     *(f".SelfAttention.{part}.weight" for part in "qkv"),
@@ -161,7 +165,8 @@ TO_HIDDEN = (
 
 # Read by ComfyUI's models themselves instead of through its operations, or too small to matter.
 DIRECT_TENSORS = re.compile(
-    r".*(position_embedding\.weight|pos_embed\.weight|text_projection|relative_attention_bias\.weight)$"
+    r".*(position_embedding\.weight|pos_embed\.weight|text_projection|relative_attention_bias\.weight"
+    r"|mm_input_projection_weight|learnable_registers)$"
 )
 
 QUERY_KEY = re.compile(r".*\.self_attn\.([qk])_proj\.(weight|bias)$")

@@ -212,6 +212,22 @@ REFUSED: dict[str, tuple[Make, str, tuple[str, ...]]] = {
         "hidream",
         ("'llama.attention.head_count' is missing", "another conversion"),
     ),
+    "projection alone": (
+        dense(
+            "connectors.safetensors",
+            zeros(
+                "text_embedding_projection.aggregate_embed.weight",
+                "model.diffusion_model.video_embeddings_connector.learnable_registers",
+            ),
+        ),
+        "ltxv",
+        ("this is LTX-2's text projection", "choose its Gemma beside it"),
+    ),
+    "projection of another model": (
+        together(CLIP_L, dense("p.safetensors", zeros("text_embedding_projection.weight"))),
+        "flux",
+        ("p.safetensors: this is LTX-2's text projection", "type flux does not use"),
+    ),
     "missing file": (lambda folder: [folder / "gone.safetensors"], "sd3", ("cannot be opened", "gone")),
 }
 
@@ -270,16 +286,3 @@ def test_missing_sentencepiece(comfy: Any, tmp_path: Path, monkeypatch: pytest.M
         importlib.util, "find_spec", lambda name, *a: None if name == "sentencepiece" else find_spec(name, *a)
     )
     assert "pip install sentencepiece" in refusal([path], "wan")
-
-
-def test_projections_with_names_of_their_diffusion_model_are_taken(tmp_path: Path) -> None:
-    """The second file of LTX-2's pair holds what lies between text encoder and diffusion model."""
-    from snug.nodes.adapter.text_encoders import load_text_encoders
-
-    names = (
-        "text_embedding_projection.aggregate_embed.weight",
-        "model.diffusion_model.video_embeddings_connector.learnable_registers",
-    )
-    (path,) = dense("connectors.safetensors", zeros(*names))(tmp_path)
-    with pytest.raises(AssertionError, match="loaded before it was checked"):  # every check has passed
-        load_text_encoders([str(path)], "ltxv")
