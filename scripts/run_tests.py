@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 
-from bootstrap import ROOT, prepare
+from bootstrap import ROOT, prepare, prepare_node_packages
 from console import ScriptError, say
 
 # A process with ComfyUI and a server of its own take about 3 GB.
@@ -28,6 +28,7 @@ def main() -> int:
     own, pytest_arguments = parser.parse_known_args()
     try:
         environment = prepare(own.comfyui)
+        prepare_node_packages(environment)
     except ScriptError as error:
         say(f"error: {error}")
         return 1

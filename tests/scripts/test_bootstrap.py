@@ -121,3 +121,38 @@ def test_lock_makes_a_second_process_wait(root: Path, tmp_path: Path) -> None:
         assert other.poll() is None
     output, _ = other.communicate(timeout=30)
     assert output == "in\n"
+
+
+def test_packages_of_npm_are_fetched_for_tests_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo runs where npm's registry cannot be reached."""
+    fetched: list[list[str]] = []
+
+    def install(command: list[object], *_: object) -> None:
+        fetched.append([str(word) for word in command])
+        for package in bootstrap.node_packages():
+            folder = bootstrap.node_modules(environment.python) / package.rpartition("@")[0]
+            folder.mkdir(parents=True)
+            (folder / "package.json").touch()
+
+    monkeypatch.setattr(bootstrap, "run_logged", install)
+    environment = bootstrap.Environment(tmp_path / "bin" / "python", tmp_path, tmp_path)
+    assert bootstrap.missing_node_packages(environment.python) == bootstrap.node_packages()
+    for _ in range(2):
+        bootstrap.prepare_node_packages(environment)
+        assert len(fetched) == 1 and "install" in fetched[0]
+        assert set(bootstrap.node_packages()) <= set(fetched[0])
+
+
+def test_installing_the_environment_asks_npm_for_nothing(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+    monkeypatch.setattr(
+        bootstrap, "run_logged", lambda command, *_: commands.append(" ".join(map(str, command)))
+    )
+    monkeypatch.setattr(bootstrap, "torch_is_cpu_build", lambda _: False)
+    folder = tmp_path / "environment"
+    monkeypatch.setattr(bootstrap.shutil, "rmtree", lambda *_, **__: folder.mkdir())
+    bootstrap.build(folder, tree, Steps(6), tmp_path / "log")
+    assert commands and not any("npm" in command for command in commands)
+    assert bootstrap.is_complete(folder)
