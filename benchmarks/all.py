@@ -44,6 +44,7 @@ TABLES = (
     Table("fast-matmul", "fast_matmul.py", seconds=150),
     Table("flux-offload", "flux_offload.py", ("--double", "4", "--single", "8"), None, seconds=120),
     Table("flux-compile", "flux_compile.py", seconds=120),
+    Table("loading", "loading.py", ("--gib", "6"), ("--gib", "0.7"), seconds=120),
     Table("offload-plan", "offload_plan.py", seconds=120),
     Table("published-tables", "published_tables.py", seconds=400),
 )

@@ -8,8 +8,9 @@ The file is a Flux with its real layers, made in a temporary folder. Contenders 
 the system has dropped the file from its cache. Raw reading is one, and four threads, that read the whole file in pieces
 of 16 MiB into memory that was used before: what the disk and the system can do. "Slab" fills memory, too, group by
 group as offloading does; "touched" asks for one byte of each page of the mapped file, as calculating on a CPU does.
-On a GPU "to the GPU" is the slab, filled, pinned and copied there, beside the
-link's own bandwidth from memory that is pinned already.
+On a GPU, too: "plain to the GPU" copies one mapped tensor after the other there, as torch does; "staged to the GPU"
+through pinned buffers, as loading does; "slab to the GPU" is the slab, filled, pinned and copied; "link" is a copy from
+memory that is pinned already. What can be reached is the slower of reading and the link.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ LIMIT = 0.8  # of raw reading, at least
 PIECE = 16 << 20
 GROUP = 128 << 20
 RAW = ("raw, 1 thread", "raw, 4 threads")
-SLAB, TOUCHED = "slab", "touched"
+SLAB, TOUCHED, LINK = "slab", "touched", "link"
+PLAIN, STAGED, SLAB_TO_GPU = "plain to the GPU", "staged to the GPU", "slab to the GPU"
+GPU_WAYS = (PLAIN, STAGED, SLAB_TO_GPU)
 
 
 def drop_from_cache(path: Path) -> None:
@@ -93,13 +96,32 @@ def touch(path: Path) -> None:
         tensor.reshape(-1).view(torch.uint8)[:: mmap.PAGESIZE].sum()
 
 
-def to_gpu(path: Path, memory: torch.Tensor, device: torch.device) -> None:
+def slab_to_gpu(path: Path, memory: torch.Tensor, device: torch.device) -> None:
     fill_slab(path, memory)
     slabs = importlib.import_module("snug.quant_backends.memory.slab")
     slab = slabs.HostBuffer(memory.numel(), device, existing=memory)
     memory.to(device, non_blocking=True)
     torch.cuda.synchronize(device)
     slab.close()
+
+
+def to_gpu(path: Path, device: torch.device, through_buffers: bool) -> None:
+    """All weights are on the device together at the end, as after loading."""
+    staging = importlib.import_module("snug.quant_backends.memory.staging")
+    with staging.staged_copies(device if through_buffers else None):
+        there = [staging.staged(tensor, device) for tensor in tensors_of(path)]
+    torch.cuda.synchronize(device)
+    del there
+
+
+def on_gpu(path: Path, memory: torch.Tensor, device: torch.device) -> dict[str, Callable[[], Any]]:
+    pinned = torch.empty(memory.numel(), dtype=torch.uint8, pin_memory=True)
+    return {
+        PLAIN: lambda: to_gpu(path, device, False),
+        STAGED: lambda: to_gpu(path, device, True),
+        SLAB_TO_GPU: lambda: slab_to_gpu(path, memory, device),
+        LINK: lambda: (pinned.to(device, non_blocking=True), torch.cuda.synchronize(device)),
+    }
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, float]:
@@ -119,9 +141,7 @@ def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
         TOUCHED: lambda: touch(path),
     }
     if torch.cuda.is_available():
-        device, pinned = torch.device("cuda:0"), torch.empty(PIECE * 16, dtype=torch.uint8, pin_memory=True)
-        runs["to the GPU"] = lambda: to_gpu(path, memory, device)
-        runs["link alone"] = lambda: (pinned.to(device, non_blocking=True), torch.cuda.synchronize(device))
+        runs |= on_gpu(path, memory, torch.device("cuda", torch.cuda.current_device()))
     found: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -129,13 +149,13 @@ def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
                 if cold:
                     drop_from_cache(path)
                 found.setdefault((name, cold), []).append(seconds(run))
-    size = {name: pinned.numel() if name == "link alone" else path.stat().st_size for name in runs}
+    nbytes = path.stat().st_size
     return [
         {
             "way": name,
             "cold": cold,
-            "rate": size[name] / min(wall for wall, _ in times) / 1e9,
-            "processor": min(work for _, work in times) / size[name] * 1e9,
+            "rate": nbytes / min(wall for wall, _ in times) / 1e9,
+            "processor": min(work for _, work in times) / nbytes * 1e9,
         }
         for (name, cold), times in found.items()
     ]
@@ -148,11 +168,13 @@ def as_markdown(kind: str, nbytes: int, records: list[dict[str, Any]]) -> str:
         row = [way]
         for cold in (True, False):
             record, raw = rates[way, cold], max(rates[name, cold]["rate"] for name in RAW)
+            if way in GPU_WAYS:
+                raw = min(raw, rates[LINK, cold]["rate"])
             row += [f"{record['rate']:.2f}", f"{record['rate'] / raw:.2f}", f"{record['processor']:.2f}"]
         rows.append(row)
     header = ["way"]
     for state in ("cold", "warm"):
-        header += [f"{state} GB/s", f"{state} / raw", f"{state} processor s/GB"]
+        header += [f"{state} GB/s", f"{state} / reachable", f"{state} processor s/GB"]
     return f"### {kind}, {nbytes / 1e9:.2f} GB\n\n{table(header, rows)}\n"
 
 

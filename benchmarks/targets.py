@@ -153,6 +153,25 @@ def bandwidth(*formats: str) -> Callable[[Any], float | None]:
     return find
 
 
+def loading(way: str, *reachable: str) -> Callable[[Any], float | None]:
+    """Of a file in the system's cache: a way's bandwidth by what can be reached, raw reading or less."""
+
+    def find(result: Any) -> float | None:
+        rates = {record["way"]: record["rate"] for record in result["records"] if not record["cold"]}
+        if way not in rates:
+            return None
+        raw = max(rate for name, rate in rates.items() if name.startswith("raw"))
+        return rates[way] / min([raw, *(rates[name] for name in reachable)])
+
+    return find
+
+
+def memory_while_used(result: Any) -> float | None:
+    """Of quantized files; plain ones are loaded by ComfyUI."""
+    records = [r for r in result["records"] if r["loader"] == "snug" and r["kind"] != "bf16"]
+    return worst(max(r["loaded_ratio"], r["used_ratio"]) for r in records)
+
+
 def recompiles(result: Any) -> float | None:
     return float(sum(r["graphs"] for r in result["records"] if r["change"] != "first call"))
 
@@ -191,6 +210,21 @@ TARGETS = (
     Target("offloaded step / max(compute, copy)", 1.05, "flux-offload-cuda", offload(near=False)),
     Target("the same, where both are equal", 1.10, "flux-offload-cuda", offload(near=True)),
     Target("offloaded step / max, simulated device", 1.10, "offload-plan", simulated),
+    Target(
+        "file in the cache to the GPU / min(reading, link)",
+        0.8,
+        "loading-cuda",
+        loading("staged to the GPU", "link"),
+        at_least=True,
+    ),
+    Target("file in the cache to memory / reading", 0.8, "loading-cpu", loading("slab"), at_least=True),
+    Target("most memory while loading and used / file", 1.1, "loading-memory", memory_while_used),
+    Target(
+        "opening a GGUF file of 150,000 tokens, seconds",
+        0.1,
+        "gguf-header",
+        lambda result: result["rows"][0]["snug_s"],
+    ),
     Target("cold compile, seconds", 12, "flux-compile-cuda", cold),
     Target("graphs compiled again on LoRA, strength, size, residency", 0, "flux-compile-cpu", recompiles),
     Target(

@@ -22,6 +22,7 @@ from ...quant_backends.formats.scaled import format_called
 from ...quant_backends.kernels.dequantize import dequantize, dequantize_packed, quantize
 from ...quant_backends.kernels.linear import linear
 from ...quant_backends.kernels.traced import traced_dequantize
+from ...quant_backends.memory.staging import staged
 
 LAYOUT_NAME = "snug.Packed"
 # What weights are in that are not quantized.
@@ -142,8 +143,8 @@ def packed_tensor(weight: QuantizedTensor) -> PackedTensor:
 
 def moved(packed: PackedTensor, device: torch.device) -> PackedTensor:
     """The same weight on `device`."""
-    parts = {name: part.to(device) for name, part in packed.parts.items()}
-    return PackedTensor(packed.data.to(device), packed.format, packed.shape, parts)
+    parts = {name: staged(part, device) for name, part in packed.parts.items()}
+    return PackedTensor(staged(packed.data, device), packed.format, packed.shape, parts)
 
 
 def is_packed(tensor: object) -> TypeGuard[QuantizedTensor]:

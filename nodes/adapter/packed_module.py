@@ -13,7 +13,7 @@ import comfy.ops
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from .layout import is_packed, packed_tensor, stored_nbytes, unpack, with_dtype
+from .layout import is_packed, moved, pack, packed_tensor, stored_nbytes, unpack, with_dtype
 from .patches import WeightPatches
 from .side_branch import SideBranch
 from .state_tensor import PackedStateTensor
@@ -189,6 +189,9 @@ class PackedWeightModule(torch.nn.Module):
         # ComfyUI loads and runs models in inference mode but unloads them outside of it, when somebody asks for that.
         # A weight that began inside must be moved inside: torch refuses to use any other one there.
         with torch.inference_mode() if weight.is_inference() else contextlib.nullcontext():
+            device = fn(torch.empty(0)).device
+            if device != weight.device:
+                weight = pack(moved(packed_tensor(weight), device), weight.dtype)
             self.weight = torch.nn.Parameter(fn(weight), requires_grad=False)
         return self
 

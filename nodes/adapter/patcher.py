@@ -17,6 +17,7 @@ import comfy.utils
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
+from ...quant_backends.memory.staging import staged_copies
 from .compat import is_dynamic, is_low_vram_patch
 from .extra_memory import count_extra, extra_bytes, forget_extra
 from .layout import is_packed, unpack, warm_up
@@ -148,7 +149,8 @@ class PackedPatcher(_Base):
         return nbytes < free - comfy.model_management.minimum_inference_memory()
 
     def load(self, device_to: Any = None, lowvram_model_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
-        result = super().load(device_to, lowvram_model_memory, *args, **kwargs)
+        with staged_copies(device_to):
+            result = super().load(device_to, lowvram_model_memory, *args, **kwargs)
         forget_extra(self.model)  # core has counted anew
         # 0: as much as it takes
         budget = lowvram_model_memory - self.model.model_loaded_weight_memory

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -118,3 +120,33 @@ def test_two_loads_share_no_settings(twins: Any, model: Any) -> None:
     (first, _), (second, _) = twins("sd3", "Q4_0").load(), twins("sd3", "Q4_0").load()
     classes = [{type(m) for _, m in model.packed_modules(p.model)} for p in (first, second)]
     assert classes[0].isdisjoint(classes[1])
+
+
+def test_loading_moves_packed_weights_through_pinned_buffers(sd3: Any, model: Any, monkeypatch: Any) -> None:
+    """What a GPU gets; here the device has no memory."""
+    packed, _ = sd3
+    opened: list[Any] = []
+    moved: list[torch.Tensor] = []
+
+    @contextmanager
+    def open_for(device: Any) -> Iterator[None]:
+        opened.append(device)
+        yield
+        opened.append("closed")
+
+    def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moved.append(tensor)
+        return tensor.to(device)
+
+    monkeypatch.setattr("snug.nodes.adapter.patcher.staged_copies", open_for)
+    monkeypatch.setattr("snug.nodes.adapter.layout.staged", to_device)
+    packed.load(packed.load_device)
+    assert opened == [packed.load_device, "closed"]
+    module = copy.deepcopy(next(module for _, module in model.packed_modules(packed.model)))
+    module.to("cpu", torch.float64)
+    assert moved == []
+    codes, format = module.weight._qdata, module.weight.params.format
+    module.to("meta")
+    assert [tensor.data_ptr() for tensor in moved] == [codes.data_ptr()]
+    assert module.weight.is_meta and module.weight._qdata.is_meta and module.weight.dtype == torch.float64
+    assert module.weight.params.format == format
