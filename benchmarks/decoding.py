@@ -34,6 +34,10 @@ from snug.quant_backends.kernels.dequantize import dequantize_packed  # noqa: E4
 
 SHAPES = {"cuda": ((3072, 3072), (21504, 3072), (3072, 15360)), "cpu": ((512, 3072),)}
 SCALED = ("bnb-nf4-64", "bnb-nf4-64-nested-256", "int8-rows", "quanto-int4-128", "float8_e4m3fn-rows")
+# Those that files have most first.
+FORMATS_BY_USE = list(
+    dict.fromkeys(["Q8_0", "Q4_K", *SCALED, *(n for n, f in FORMATS.items() if f.dtype is None)])
+)
 # Bytes that weights of one format take together, more than any cache holds.
 ROTATED = {"cuda": 512 << 20, "cpu": 8 << 20}
 
@@ -80,7 +84,11 @@ def measure(
         gguf = __import__("gguf").GGMLQuantizationType[name]
         if gguf in peer.dequantize_functions:
             decode = partial(peer.dequantize, qtype=gguf, oshape=shape, dtype=torch.float32)
-            runs["peer"] = rotating(lambda w, out: out.copy_(decode(w.data)), weights, outs)
+            try:
+                decode(weights[0].data)
+                runs["peer"] = rotating(lambda w, out: out.copy_(decode(w.data)), weights, outs)
+            except Exception as error:  # whatever it raises where it cannot
+                print(f"left out: {name} by the peer: {type(error).__name__}: {error}", file=sys.stderr)
     times = interleaved(runs, rounds, device, warm_up=2)
     speed = {key: len(weights) * moved_bytes / times[key].seconds() for key in runs}
     return {
@@ -98,9 +106,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument(
-        "--formats", nargs="+", default=[n for n, f in FORMATS.items() if f.dtype is None] + [*SCALED]
-    )
+    parser.add_argument("--formats", nargs="+", default=FORMATS_BY_USE)
     parser.add_argument("--rounds", type=int, help="default: 20 on a GPU, 3 on a CPU")
     parser.add_argument("--peer", help="dequant.py of a ComfyUI-GGUF checkout")
     add_output_arguments(parser)
@@ -113,13 +119,24 @@ def main() -> None:
         from dequantize import load_peer
 
         peer = load_peer(options.peer)
-    facts = environment()
-    records = []
+    facts, records, text = environment(), [], ""
     for shape, name in itertools.product(SHAPES[device.type], options.formats):
-        records.append(measure(name, shape, device, options.rounds or (20 if cuda else 3), peer))
-        print(records[-1], flush=True)
+        try:
+            record = measure(name, shape, device, options.rounds or (20 if cuda else 3), peer)
+        except Exception as error:  # one format must not end the table
+            print(f"left out: {name}, {shape}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            continue
+        records.append(record)
+        print(record, flush=True)
+        text = f"{heading('Decoding to bfloat16 beside a copy', command, facts)}\n{rows(records, cuda)}\n"
+        save(options, text, {"command": command, "environment": facts, "records": records})
+    print(text)
+
+
+def rows(records: list[dict[str, Any]], cuda: bool) -> str:
+    """The table of the records."""
     header = ["format, shape", "GB/s", "copy GB/s", "peer GB/s", "host us a weight", "Snug / copy"]
-    rows = [
+    lines = [
         [
             f"{r['format']}, {r['shape'][0]} x {r['shape'][1]}",
             f"{r['bandwidth'] / 1e9:.0f}" if cuda else f"{r['bandwidth'] / 1e9:.2f}",
@@ -130,9 +147,7 @@ def main() -> None:
         ]
         for r in records
     ]
-    text = f"{heading('Decoding to bfloat16 beside a copy', command, facts)}\n{table(header, rows)}\n"
-    print(text)
-    save(options, text, {"command": command, "environment": facts, "records": records})
+    return table(header, lines)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ same weights multiplied exactly.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +19,11 @@ from typing import Any
 import torch
 from flux_model import (
     Size,
+    attempt,
     begin,
     caller,
     dense_model,
+    free_memory,
     load,
     quantized,
     random_weights,
@@ -53,41 +54,43 @@ def ways() -> dict[str, Callable[[Any], Any]]:
     }
 
 
-def measure(
-    formats: list[str], weights: dict[str, torch.Tensor], size: Size, device: torch.device, rounds: int
-) -> list[dict[str, Any]]:
-    """A record for each format and way."""
+def measure(dense: Any, name: str, size: Size, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """A record for each way of a format."""
     copies_of = importlib.import_module("snug.nodes.adapter.weight_copies").copies_of
-    dense, records = dense_model(weights), []
-    for name in formats:
-        models = {"dense": dense}
-        for way, make in ways().items():
-            models[way] = make(quantized(dense, name))
-        load(*models.values())
-        runs = {way: caller(patcher, size) for way, patcher in models.items()}
-        results = {way: run() for way, run in runs.items()}
-        times = interleaved(runs, rounds, device)
-        exact = results[EXACT]
-        for way, patcher in models.items():
-            copies = copies_of(patcher.model)
-            error = (results[way] - exact).float().norm() / exact.float().norm()
-            records.append(
-                {
-                    "format": name,
-                    "way": way,
-                    "seconds": times[way].seconds(),
-                    "dense_ratio": times[way].seconds() / times["dense"].seconds(),
-                    "exact_ratio": times[way].seconds() / times[EXACT].seconds(),
-                    "error": float(error),
-                    "weight_bytes": patcher.model_size(),
-                    "copy_bytes": 0 if copies is None else copies.nbytes,
-                }
-            )
-        for way, patcher in models.items():
-            if way != "dense":
-                patcher.detach()
-        del models, runs, patcher, results, copies  # or ComfyUI speaks of a leak
-        gc.collect()
+    models = {"dense": dense}
+    runs = {"dense": caller(dense, size)}
+    results = {"dense": runs["dense"]()}
+    for way, make in ways().items():
+
+        def ready(way: str = way, make: Callable[[Any], Any] = make) -> Any:
+            patcher = make(quantized(dense, name))
+            load(dense, patcher)
+            results[way] = caller(patcher, size)()  # makes the copies
+            return patcher
+
+        patcher = attempt(f"{name}, {way}", ready)
+        if patcher is not None:
+            models[way], runs[way] = patcher, caller(patcher, size)
+    if EXACT not in models:
+        return []
+    times = interleaved(runs, rounds, device)
+    exact, records = results[EXACT], []
+    for way, patcher in models.items():
+        copies = copies_of(patcher.model)
+        records.append(
+            {
+                "format": name,
+                "way": way,
+                "seconds": times[way].seconds(),
+                "dense_ratio": times[way].seconds() / times["dense"].seconds(),
+                "exact_ratio": times[way].seconds() / times[EXACT].seconds(),
+                "error": float((results[way] - exact).float().norm() / exact.float().norm()),
+                "weight_bytes": patcher.model_size(),
+                "copy_bytes": 0 if copies is None else copies.nbytes,
+            }
+        )
+        if way != "dense":
+            patcher.detach()
     return records
 
 
@@ -100,9 +103,22 @@ def main() -> None:
     options, command, device, size, facts = run.options, run.command, run.device, run.size, run.facts
     facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     facts["threads"] = str(torch.get_num_threads())
-    records = measure(options.formats, random_weights(size, device), size, device, options.rounds)
+    dense = dense_model(random_weights(size, device))
+    load(dense)
+    records: list[dict[str, Any]] = []
+    text = ""
+    for name in options.formats:
+        records += attempt(name, lambda name=name: measure(dense, name, size, device, options.rounds)) or []
+        free_memory()
+        text = f"{heading('Fast matmul and copies of weights', command, facts)}\n{rows(records)}\n"
+        save(options, text, {"command": command, "environment": facts, "records": records})
+    print(text)
+
+
+def rows(records: list[dict[str, Any]]) -> str:
+    """The table of the records."""
     header = ["format, way", "step ms", "/ dense", "/ exact", "error", "weights MB", "copies MB"]
-    rows = [
+    lines = [
         [
             f"{record['format']}, {record['way']}",
             f"{record['seconds'] * 1e3:.1f}",
@@ -114,9 +130,7 @@ def main() -> None:
         ]
         for record in records
     ]
-    text = f"{heading('Fast matmul and copies of weights', command, facts)}\n{table(header, rows)}\n"
-    print(text)
-    save(options, text, {"command": command, "environment": facts, "records": records})
+    return table(header, lines)
 
 
 if __name__ == "__main__":

@@ -5,34 +5,36 @@
     python benchmarks/flux_blocks.py --double 19 --single 38 --peers --formats "GGUF Q8_0" "GGUF Q4_K"
 
 Needs a ComfyUI in $SNUG_COMFYUI_PATH. On a GPU the layers are Flux.1-dev's, in bfloat16, for a picture of 1024 x 1024;
-on a CPU they are narrower, in float32 as ComfyUI computes there. All contenders of a mode take turns in one run, and
-ratios are to the dense model of the same mode. A step of the whole model is put together from one double and one single
-block (19 and 38 of them); with as many blocks as the real model has, the column "call" is one. Host: the time until
-Python has handed all work to the device. Error: of the result, relative to the dense model's. Peers use their own layer
-inside the same blocks, where the library is installed and runs on the device; --peer-pack measures a checkout of
-ComfyUI-GGUF by its own loader, too.
+on a CPU they are narrower, in float32 as ComfyUI computes there. Every contender takes turns with the dense model of
+the same mode, and ratios are to that one in the same turns: only two models are in memory at a time, and a run that is
+ended before its time has written what it has measured, the formats that are used most first. A step of the whole model
+is put together from one double and one single block (19 and 38 of them); with as many blocks as the real model has, the
+column "call" is one. Host: the time until Python has handed all work to the device. Error: of the result, relative to
+the dense model's. Peers use their own layer inside the same blocks, where the library is installed and runs on the
+device; --peer-pack measures a checkout of ComfyUI-GGUF by its own loader, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from flux_model import (
+    Run,
     Size,
+    attempt,
     begin,
     blocks,
     caller,
     compiled,
     dense_model,
+    free_memory,
     load,
     quantized,
     random_weights,
@@ -45,12 +47,19 @@ from timing import Times, interleaved, peak_growth
 DENSE = "dense"
 FORMATS = {
     "cuda": [
-        f"GGUF {name}" for name in ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q4_0", "IQ4_XS", "MXFP4")
+        "GGUF Q8_0",
+        "GGUF Q4_K",
+        "bitsandbytes NF4",
+        "FP8 e4m3fn per row",
+        "INT8 per row",
+        "INT8 dynamic",
     ]
-    + ["bitsandbytes NF4", "FP8 e4m3fn per row", "INT8 per row", "torchao int8", "quanto int4"]
-    + ["INT8 dynamic", "FP8 dynamic"],
+    + ["FP8 dynamic", "torchao int8", "quanto int4"]
+    + [f"GGUF {name}" for name in ("Q6_K", "Q5_K", "Q4_0", "IQ4_XS", "MXFP4", "Q3_K", "Q2_K")],
     "cpu": ["GGUF Q8_0", "GGUF Q4_K", "bitsandbytes NF4", "FP8 e4m3fn per row", "INT8 dynamic"],
 }
+# Entries of torch.compile's cache for one class of blocks, of which every contender takes some.
+COMPILED_AT_MOST = 512
 PACK_TYPES = ("Q8_0", "Q4_0", "Q4_K")
 
 
@@ -61,7 +70,10 @@ class Contender:
     name: str
     patcher: Any
     model: Any = None
-    weight_bytes: int = 0
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.patcher.model_size() if self.model is None else stored_bytes(self.model)
 
     def caller(self, size: Size) -> Callable[[], torch.Tensor]:
         return caller(self.patcher, size, self.model)
@@ -71,53 +83,30 @@ class Contender:
         return blocks(self.patcher.model if self.model is None else self.model)
 
 
-def contenders(options: argparse.Namespace, size: Size, device: torch.device) -> list[Contender]:
-    """Everything that is measured, loaded; the dense model first. Says what is left out, and why."""
-    weights = random_weights(size, device)
-    dense = dense_model(weights)
-    load(dense)
-    found = [Contender(DENSE, dense, weight_bytes=dense.model_size())]
+def makers(
+    options: argparse.Namespace, dense: Any, weights: dict[str, torch.Tensor], folder: Path
+) -> dict[str, Callable[[], Contender]]:
+    """What makes each contender but the dense one. folder: for the files of --peer-pack."""
+    found: dict[str, Callable[[], Contender]] = {}
     for name in options.formats:
-        patcher = attempt(name, lambda name=name: quantized(dense, name))
-        if patcher is not None:
-            load(dense, patcher)
-            found.append(Contender(f"Snug {name}", patcher, weight_bytes=patcher.model_size()))
+        found[f"Snug {name}"] = lambda name=name: Contender(f"Snug {name}", quantized(dense, name))
     for name in peer_names() if options.peers else ():
-        model = attempt(name, lambda name=name: peer(dense, name))
-        if model is not None:
-            found.append(Contender(name, dense, model, stored_bytes(model)))
-    if options.peer_pack:
-        found += peer_pack(options.peer_pack, weights)
-        load(*(contender.patcher for contender in found if contender.model is None))
+        found[name] = lambda name=name: Contender(name, dense, peer(dense, name))
+    for name in PACK_TYPES if options.peer_pack else ():
+        found[f"ComfyUI-GGUF {name}"] = lambda name=name: in_peer_pack(
+            name, options.peer_pack, weights, folder
+        )
     return found
 
 
-def attempt(name: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns; None, and a line for the reader, where this machine or library cannot."""
-    try:
-        return make()
-    except Exception as error:  # whatever a library raises for hardware that it does not know
-        print(
-            f"left out: {name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", file=sys.stderr
-        )
-        return None
-
-
-def peer_pack(checkout: Path, weights: dict[str, torch.Tensor]) -> list[Contender]:
-    """The types that ComfyUI-GGUF and Snug both know, loaded by that pack from files that Snug has written."""
+def in_peer_pack(name: str, checkout: Path, weights: dict[str, torch.Tensor], folder: Path) -> Contender:
+    """A type that ComfyUI-GGUF and Snug both know, loaded by that pack from a file that Snug has written."""
     from flux_step import load_peer
 
-    writers = importlib.import_module("snug.quant_backends.writers")
-    found = []
-    with tempfile.TemporaryDirectory() as folder:
-        node = load_peer(checkout.resolve(), Path(folder))
-        for name in PACK_TYPES:
-            path = Path(folder) / f"flux-{name}.gguf"
-            writers.write_gguf(path, dict(weights), name)
-            patcher = attempt(f"ComfyUI-GGUF {name}", lambda path=path: node.load_unet(path.name)[0])
-            if patcher is not None:
-                found.append(Contender(f"ComfyUI-GGUF {name}", patcher, weight_bytes=patcher.model_size()))
-    return found
+    path = folder / f"flux-{name}.gguf"
+    if not path.exists():
+        importlib.import_module("snug.quant_backends.writers").write_gguf(path, dict(weights), name)
+    return Contender(f"ComfyUI-GGUF {name}", load_peer(checkout.resolve(), folder).load_unet(path.name)[0])
 
 
 def stored_bytes(model: torch.nn.Module) -> int:
@@ -135,38 +124,56 @@ def stored_bytes(model: torch.nn.Module) -> int:
 def compile_contender(contender: Contender) -> Contender:
     """The same, compiled block by block: by Snug's node, or a peer's blocks by torch.compile."""
     if contender.model is None:
-        return Contender(contender.name, compiled(contender.patcher), None, contender.weight_bytes)
+        return Contender(contender.name, compiled(contender.patcher))
     for block in (block for members in contender.blocks.values() for block in members):
         block.forward = torch.compile(block.forward)
     return contender
 
 
-def measure(found: list[Contender], size: Size, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """A record for each contender that runs."""
-    runs, errors, peaks = {}, {}, {}
-    results: dict[str, torch.Tensor] = {}
-    for contender in found:
-        run = contender.caller(size)
-        result = attempt(contender.name, run)  # the first call compiles
-        if result is None:
-            continue
-        results.setdefault(DENSE, result)
-        errors[contender.name] = relative_error(result, results[DENSE])
-        peaks[contender.name] = peak_growth(run, device)
-        runs[contender.name] = run
-    parts = {contender.name: contender.blocks for contender in found if contender.name in runs}
+def measure(
+    dense: Contender, other: Contender, size: Size, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """The record of a contender beside the dense one, which may be itself."""
+    runs = {contender.name: contender.caller(size) for contender in (dense, other)}
+    results = {name: run() for name, run in runs.items()}  # the first call compiles
+    peak = peak_growth(runs[other.name], device)
+    parts = {contender.name: contender.blocks for contender in (dense, other)}
     times = interleaved(runs, rounds, device, parts)
-    return [
-        {
-            "name": contender.name,
-            **figures(times[contender.name]),
-            "error": errors[contender.name],
-            "weight_bytes": contender.weight_bytes,
-            "peak_bytes": peaks[contender.name],
-        }
-        for contender in found
-        if contender.name in runs
-    ]
+    found, beside = figures(times[other.name]), figures(times[dense.name])
+    return {
+        "name": other.name,
+        **found,
+        **{f"{part}_ratio": found[part] / beside[part] for part in ("step", "call")},
+        "error": relative_error(results[other.name], results[dense.name]),
+        "weight_bytes": other.weight_bytes,
+        "peak_bytes": peak,
+    }
+
+
+def records(
+    made: dict[str, Callable[[], Contender]], dense: Contender, mode: str, run: Run
+) -> Iterator[dict[str, Any]]:
+    """A record for each contender that runs, the dense one first. Says what is left out, and why."""
+
+    def measured(make: Callable[[], Contender]) -> dict[str, Any]:
+        contender = make()
+        if contender.model is None:
+            load(dense.patcher, contender.patcher)
+        if mode == "compiled":
+            contender = compile_contender(contender)
+        try:
+            return measure(reference, contender, run.size, run.device, run.options.rounds)
+        finally:
+            if contender.model is None:
+                contender.patcher.detach()
+
+    reference = compile_contender(dense) if mode == "compiled" else dense
+    yield measure(reference, reference, run.size, run.device, run.options.rounds)
+    for name, make in made.items():
+        record = attempt(f"{name}, {mode}", lambda make=make: measured(make))
+        free_memory()
+        if record is not None:
+            yield record
 
 
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
@@ -185,7 +192,6 @@ def figures(times: Times) -> dict[str, float]:
 
 
 def mode_table(records: list[dict[str, Any]]) -> str:
-    dense = records[0]
     header = [
         "",
         "double ms",
@@ -206,9 +212,9 @@ def mode_table(records: list[dict[str, Any]]) -> str:
                 record["name"],
                 *(f"{record[part] * 1e3:.2f}" for part in ("double", "single")),
                 f"{record['step'] * 1e3:.0f}",
-                f"{record['step'] / dense['step']:.3f}",
+                f"{record['step_ratio']:.3f}",
                 f"{record['host'] * 1e3:.0f}",
-                f"{record['call'] / dense['call']:.3f}",
+                f"{record['call_ratio']:.3f}",
                 f"{record['error']:.2%}",
                 f"{record['weight_bytes'] / 1e6:.0f}",
                 "–" if peak is None else f"{peak / 1e6:.0f}",
@@ -231,19 +237,25 @@ def main() -> None:
         options.formats = FORMATS[device.type]
     modes = options.modes or (["eager", "compiled"] if device.type == "cuda" else ["eager"])
 
-    text = heading("Flux blocks", command, facts)
+    config, name = torch._dynamo.config, "recompile_limit"  # type: ignore[attr-defined]
+    setattr(config, name if hasattr(config, name) else "cache_size_limit", COMPILED_AT_MOST)
+
+    weights = random_weights(size, device)
+    dense = Contender(DENSE, dense_model(weights))
+    load(dense.patcher)
+    sections: dict[str, list[dict[str, Any]]] = {}
+    text = ""
+    with tempfile.TemporaryDirectory() as folder:
+        made = makers(options, dense.patcher, weights, Path(folder))
+        for mode in modes:
+            sections[mode] = []
+            for record in records(made, dense, mode, run):
+                sections[mode].append(record)
+                print(record, flush=True)
+                text = heading("Flux blocks", command, facts)
+                text += "".join(f"\n### {name}\n\n{mode_table(found)}\n" for name, found in sections.items())
+                save(options, text, {"command": command, "environment": facts, "modes": sections})
     print(text)
-    found = contenders(options, size, device)
-    sections = {}
-    for mode in modes:
-        if mode == "compiled":
-            found = [compile_contender(contender) for contender in found]
-        sections[mode] = measure(found, size, device, options.rounds)
-        section = f"\n### {mode}\n\n{mode_table(sections[mode])}\n"
-        print(section, flush=True)
-        text += section
-        gc.collect()
-    save(options, text, {"command": command, "environment": facts, "modes": sections})
 
 
 if __name__ == "__main__":

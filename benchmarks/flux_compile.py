@@ -14,7 +14,7 @@ import dataclasses
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # a cold start is what is measured
@@ -23,10 +23,12 @@ import torch
 from flux_lora import make_lora
 from flux_model import (
     Size,
+    attempt,
     begin,
     caller,
     compiled,
     dense_model,
+    free_memory,
     load,
     quantized,
     random_weights,
@@ -75,10 +77,10 @@ def load_half(patcher: Any) -> None:
 
 def measure(
     dense: Any, weights: dict[str, torch.Tensor], name: str, size: Size, device: torch.device
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """A record for each change."""
     torch._dynamo.reset()
     patcher = compiled(dense if name == "dense" else quantized(dense, name))
-    records = []
     for change, make in changes(patcher, weights, size).items():
         model, there = make()
         if change.startswith("half"):
@@ -92,32 +94,44 @@ def measure(
             run()
             synchronize(device)
             seconds.append(time.perf_counter() - started)
-        records.append(
-            {
-                "format": name,
-                "change": change,
-                "first": seconds[0],
-                "later": min(seconds[1:]),
-                "graphs": graphs() - before,
-            }
-        )
-        print(records[-1], flush=True)
+        yield {
+            "format": name,
+            "change": change,
+            "first": seconds[0],
+            "later": min(seconds[1:]),
+            "graphs": graphs() - before,
+        }
     patcher.detach()
-    return records
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--formats", nargs="+", default=["dense", "GGUF Q4_K"], help="dense, or targets")
-    run = begin(parser)
+    parser.add_argument("--formats", nargs="+", default=["GGUF Q4_K", "dense"], help="dense, or targets")
+    run = begin(parser, "--normalvram")  # with high VRAM, what is offloaded would stay on the GPU
     options, command, device, size, facts = run.options, run.command, run.device, run.size, run.facts
     weights = random_weights(size, device)
     dense = dense_model(weights)
-    records = [record for name in options.formats for record in measure(dense, weights, name, size, device)]
+    records: list[dict[str, Any]] = []
+
+    def add(name: str) -> None:
+        for record in measure(dense, weights, name, size, device):
+            records.append(record)
+            print(record, flush=True)
+            text = f"{heading('Compiling a Flux', command, facts)}\n{rows(records)}\n"
+            save(options, text, {"command": command, "environment": facts, "records": records})
+
+    for name in options.formats:
+        attempt(name, lambda name=name: add(name))
+        free_memory()
+    print(rows(records))
+
+
+def rows(records: list[dict[str, Any]]) -> str:
+    """The table of the records."""
     header = ["format, change", "first call s", "later call s", "graphs compiled"]
-    rows = [
+    lines = [
         [
             f"{record['format']}, {record['change']}",
             f"{record['first']:.2f}",
@@ -126,9 +140,7 @@ def main() -> None:
         ]
         for record in records
     ]
-    text = f"{heading('Compiling a Flux', command, facts)}\n{table(header, rows)}\n"
-    print(text)
-    save(options, text, {"command": command, "environment": facts, "records": records})
+    return table(header, lines)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ first step, which costs nothing afterwards.
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 from typing import Any
 
 import torch
 from flux_model import (
     Size,
+    attempt,
     begin,
     caller,
     dense_model,
+    free_memory,
     load,
     quantized,
     random_weights,
@@ -30,7 +31,7 @@ from timing import interleaved
 
 RANK = 32
 COUNTS = (0, 1, 4)
-WAYS = ("merge", "automatic")
+WAYS = ("automatic", "merge")
 
 
 def make_lora(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
@@ -57,29 +58,26 @@ def with_loras(patcher: Any, loras: list[dict[str, torch.Tensor]]) -> Any:
 
 
 def measure(
-    formats: list[str], weights: dict[str, torch.Tensor], size: Size, device: torch.device, rounds: int
-) -> list[dict[str, Any]]:
-    """A record for each format and way: seconds of a step by the number of LoRAs."""
+    dense: Any,
+    loras: list[dict[str, torch.Tensor]],
+    name: str,
+    way: str,
+    size: Size,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, Any]:
+    """The record of a format and a way: seconds of a step by the number of LoRAs."""
     modes = importlib.import_module("snug.nodes.adapter.lora_mode")
-    loras = [make_lora(weights, seed) for seed in range(max(COUNTS))]
-    dense, records = dense_model(weights), []
-    for name in formats:
-        for way in WAYS:
-            models = {
-                count: with_loras(modes.set_lora_mode(quantized(dense, name), way, True)[0], loras[:count])
-                for count in COUNTS
-            }
-            load(*models.values())
-            runs = {str(count): caller(patcher, size) for count, patcher in models.items()}
-            times = interleaved(runs, rounds, device)
-            seconds = {count: times[count].seconds() for count in runs}
-            records.append({"format": name, "way": way, "seconds": seconds})
-            print(name, way, *(f"{value:.3f}" for value in seconds.values()), flush=True)
-            for patcher in models.values():
-                patcher.detach()
-            del models, runs, patcher  # or ComfyUI speaks of a leak
-            gc.collect()
-    return records
+    models = {
+        count: with_loras(modes.set_lora_mode(quantized(dense, name), way, True)[0], loras[:count])
+        for count in COUNTS
+    }
+    load(*models.values())
+    runs = {str(count): caller(patcher, size) for count, patcher in models.items()}
+    times = interleaved(runs, rounds, device)
+    for patcher in models.values():
+        patcher.detach()
+    return {"format": name, "way": way, "seconds": {count: times[count].seconds() for count in runs}}
 
 
 def main() -> None:
@@ -89,22 +87,40 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=["GGUF Q8_0", "GGUF Q4_K"], help="targets")
     run = begin(parser)
     options, command, device, size, facts = run.options, run.command, run.device, run.size, run.facts
-    records = measure(options.formats, random_weights(size, device), size, device, options.rounds)
+    weights = random_weights(size, device)
+    loras = [make_lora(weights, seed) for seed in range(max(COUNTS))]
+    dense, records = dense_model(weights), []
+    text = ""
+    for name in options.formats:
+        for way in WAYS:
+            record = attempt(
+                f"{name}, {way}",
+                lambda name=name, way=way: measure(dense, loras, name, way, size, device, options.rounds),
+            )
+            free_memory()
+            if record is not None:
+                records.append(record)
+                print(record, flush=True)
+                text = f"{heading(f'LoRAs of rank {RANK} on a Flux', command, facts)}\n{rows(records)}\n"
+                save(options, text, {"command": command, "environment": facts, "records": records})
+    print(text)
+
+
+def rows(records: list[dict[str, Any]]) -> str:
+    """The table of the records."""
     header = ["format, way", *(f"{count} LoRAs, ms" for count in COUNTS)]
     header += [f"{count} / none" for count in COUNTS[1:]]
-    rows = []
+    lines = []
     for record in records:
         none, *others = record["seconds"].values()
-        rows.append(
+        lines.append(
             [
                 f"{record['format']}, {record['way']}",
                 *(f"{value * 1e3:.1f}" for value in (none, *others)),
                 *(f"{value / none:.3f}" for value in others),
             ]
         )
-    text = f"{heading(f'LoRAs of rank {RANK} on a Flux', command, facts)}\n{table(header, rows)}\n"
-    print(text)
-    save(options, text, {"command": command, "environment": facts, "records": records})
+    return table(header, lines)
 
 
 if __name__ == "__main__":

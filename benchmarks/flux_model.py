@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from narrow import accept_narrow_models
@@ -76,29 +77,30 @@ class Run:
     facts: dict[str, str]
 
 
-def begin(parser: argparse.ArgumentParser, **paths: str | None) -> Run:
+def begin(parser: argparse.ArgumentParser, vram: str = "--highvram", **paths: str | None) -> Run:
     """Reads the command line, which gets the arguments of sizes and outputs besides, and starts ComfyUI.
 
-    paths: as `report.command_line` takes them.
+    vram: ComfyUI's mode on a GPU; in that of high VRAM unloaded weights stay there. paths: as `report.command_line`
+    takes them.
     """
     add_size_arguments(parser)
     add_output_arguments(parser)
     options = parser.parse_args()
     command = command_line(comfyui=None, **paths)
-    device, size = start(options)
+    device, size = start(options, vram)
     version = importlib.import_module("comfyui_version").__version__
     facts = {**environment("comfy-kitchen"), "ComfyUI": version, "model": str(size)}
     return Run(options, command, device, size, facts)
 
 
-def start(options: argparse.Namespace) -> tuple[torch.device, Size]:
+def start(options: argparse.Namespace, vram: str) -> tuple[torch.device, Size]:
     """Makes ComfyUI importable and returns where and what to measure; fills options.rounds in."""
     if not options.comfyui:
         raise SystemExit(
             '--comfyui or SNUG_COMFYUI_PATH is needed: export what "scripts/bootstrap.py --print-env" prints'
         )
     cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
-    use_comfyui(options.comfyui, "--highvram" if cuda else "--cpu")
+    use_comfyui(options.comfyui, vram if cuda else "--cpu")
     register_snug()
     options.rounds = options.rounds or (20 if cuda else 3)
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Size)}
@@ -158,15 +160,39 @@ def compiled(patcher: Any) -> Any:
     return adapter.compile_model(patcher, adapter.CompileSettings())
 
 
+class NoRoomError(Exception):
+    """The device's memory does not hold what was to be measured."""
+
+
 def load(*patchers: Any) -> None:
-    """Puts all of them on the device whole; raises SystemExit where they do not fit."""
+    """Puts all of them on the device whole; raises NoRoomError where they do not fit."""
     management = importlib.import_module("comfy.model_management")
     management.load_models_gpu(list(patchers), force_full_load=True)
     for patcher in patchers:
-        if patcher.loaded_size() < patcher.model_size() and patcher.load_device != patcher.offload_device:
-            raise SystemExit(
-                "The device's memory does not hold all contenders: choose fewer, or fewer blocks."
-            )
+        on_gpu = patcher.load_device.type != "cpu"
+        if on_gpu and patcher.loaded_size() < patcher.model_size():
+            raise NoRoomError("the device's memory does not hold it; choose fewer blocks")
+
+
+Made = TypeVar("Made")
+
+
+def attempt(name: str, make: Callable[[], Made]) -> Made | None:
+    """What `make` returns; None, and a line for the reader, where this machine or library cannot."""
+    try:
+        return make()
+    except Exception as error:  # whatever a library raises for hardware that it does not know
+        reason = (str(error).splitlines() or [""])[0][:150]
+        print(f"left out: {name}: {type(error).__name__}: {reason}", file=sys.stderr, flush=True)
+    free_memory()  # what the traceback kept
+    return None
+
+
+def free_memory() -> None:
+    """Gives back what nobody refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def blocks(model: Any) -> dict[str, list[torch.nn.Module]]:

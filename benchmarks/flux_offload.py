@@ -13,18 +13,20 @@ in as much memory, as ratios to max(computing, bytes copied / link), which canno
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from flux_model import (
     Size,
+    attempt,
     begin,
     caller,
     dense_model,
+    free_memory,
     load,
     quantized,
     random_weights,
@@ -75,13 +77,14 @@ def offloaded_by_comfyui(patcher: Any, nbytes: int) -> None:
 
 def measure(
     dense: Any, name: str, size: Size, device: torch.device, link: float, rounds: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """A record for each share."""
     errors = importlib.import_module("snug.quant_backends.core.errors")
     patcher = dense if name == "dense" else quantized(dense, name)
     load(patcher)
     computing = seconds(patcher, size, device, rounds)
     patcher.detach()
-    total, records = patcher.model_size(), []
+    total = patcher.model_size()
     for share in SHARES:
         try:
             streaming, plan = streamed_by_snug(patcher, share)
@@ -97,22 +100,18 @@ def measure(
         offloaded_by_comfyui(patcher, allowed)
         found["comfyui"] = seconds(patcher, size, device, rounds)
         patcher.detach()
-        records.append(
-            {
-                "format": name,
-                "share": share,
-                "allowed_bytes": allowed,
-                "computing": computing,
-                "copying": copied["snug"] / link,
-                **found,
-                **{f"{who}_ratio": found[who] / max(computing, copied[who] / link) for who in found},
-                "plan": plan.report(),
-            }
-        )
-        print({key: value for key, value in records[-1].items() if key != "plan"}, flush=True)
+        yield {
+            "format": name,
+            "share": share,
+            "allowed_bytes": allowed,
+            "computing": computing,
+            "copying": copied["snug"] / link,
+            **found,
+            **{f"{who}_ratio": found[who] / max(computing, copied[who] / link) for who in found},
+            "plan": plan.report(),
+        }
         del streaming
-        gc.collect()
-    return records
+        free_memory()
 
 
 def load_streamed(patcher: Any) -> None:
@@ -123,8 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--formats", nargs="+", default=["dense", "GGUF Q8_0", "GGUF Q4_K"])
-    run = begin(parser)
+    parser.add_argument("--formats", nargs="+", default=["GGUF Q8_0", "dense", "GGUF Q4_K"])
+    run = begin(parser, "--normalvram")  # with high VRAM, what is offloaded would stay on the GPU
     options, command, device, size = run.options, run.command, run.device, run.size
     if options.device == "auto" and not torch.cuda.is_available():
         raise SystemExit(
@@ -134,14 +133,26 @@ def main() -> None:
     link = link_speed(device)
     facts = {**run.facts, "link": f"{link / 1e9:.1f} GB/s"}
     dense = dense_model(random_weights(size, device))
-    records = [
-        record
-        for name in options.formats
-        for record in measure(dense, name, size, device, link, options.rounds)
-    ]
+    records: list[dict[str, Any]] = []
+
+    def add(name: str) -> None:
+        for record in measure(dense, name, size, device, link, options.rounds):
+            records.append(record)
+            print({key: value for key, value in record.items() if key != "plan"}, flush=True)
+            text = f"{heading('An offloaded Flux', command, facts)}\n{rows(records)}\n"
+            save(options, text, {"command": command, "environment": facts, "records": records})
+
+    for name in options.formats:
+        attempt(name, lambda name=name: add(name))
+        free_memory()
+    print(rows(records))
+
+
+def rows(records: list[dict[str, Any]]) -> str:
+    """The table of the records."""
     header = ["format, share that stays", "computing ms", "copying ms", "Snug ms", "ComfyUI ms"]
     header += ["Snug / max", "ComfyUI / max"]
-    rows = [
+    lines = [
         [
             f"{record['format']}, {record['share']:.0%}",
             *(f"{record[part] * 1e3:.0f}" for part in ("computing", "copying", "snug", "comfyui")),
@@ -150,9 +161,7 @@ def main() -> None:
         ]
         for record in records
     ]
-    text = f"{heading('An offloaded Flux', command, facts)}\n{table(header, rows)}\n"
-    print(text)
-    save(options, text, {"command": command, "environment": facts, "records": records})
+    return table(header, lines)
 
 
 if __name__ == "__main__":

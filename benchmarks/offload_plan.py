@@ -147,6 +147,7 @@ def main() -> None:
         facts["device"] = f"{name}, {device.link / 1e9:.1f} GB/s from pinned memory"
         runs[name] = device.row
 
+    header = ["model", "stays", "device", *(f"{ratio:g}" for ratio in options.ratios), "worst"]
     rows, figures = [], []
     for model in options.models:
         for kept in KEPT:
@@ -164,11 +165,12 @@ def main() -> None:
                 rows.append(
                     [model, f"{kept:.0%}", where, *(f"{value:.3f}" for value in found), f"{worst:.3f}"]
                 )
-                print(*rows[-1])
-    header = ["model", "stays", "device", *(f"{ratio:g}" for ratio in options.ratios), "worst"]
-    text = heading("Steps with streamed weights by max(copying, computing)", command_line(), facts)
-    text += "\nColumns: copying as a multiple of computing.\n\n" + table(header, rows) + "\n"
-    save(options, text, {"environment": facts, "figures": figures})
+                print(*rows[-1], flush=True)
+                text = heading(
+                    "Steps with streamed weights by max(copying, computing)", command_line(), facts
+                )
+                text += f"\nColumns: copying as a multiple of computing.\n\n{table(header, rows)}\n"
+                save(options, text, {"environment": facts, "figures": figures})
 
 
 if __name__ == "__main__":

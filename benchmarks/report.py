@@ -90,7 +90,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def save(options: argparse.Namespace, text: str, result: Mapping[str, Any]) -> None:
-    """Write the files that `add_output_arguments` was asked for."""
+    """Write the files that `add_output_arguments` was asked for; again after each row, so that a run that is ended
+    before its time leaves what it has measured."""
     if options.markdown:
         options.markdown.write_text(text, encoding="utf-8")
     if options.json:

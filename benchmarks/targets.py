@@ -57,10 +57,7 @@ def blocks(mode: str, *names: str) -> Callable[[Any], float | None]:
 
     def find(result: Any) -> float | None:
         records = result["modes"].get(mode, [])
-        if not records:
-            return None
-        dense = records[0]["step"]
-        return worst(record["step"] / dense for record in records if record["name"].startswith(names))
+        return worst(record["step_ratio"] for record in records if record["name"].startswith(names))
 
     return find
 

@@ -138,3 +138,49 @@ def test_the_list_of_targets_is_of_the_newest_tables(monkeypatch: pytest.MonkeyP
     written = (targets.RESULTS / "targets.md").read_text(encoding="utf-8")
     for row in targets.rows(targets.read_tables()):
         assert f"| {' | '.join(row)} |" in written, "run benchmarks/targets.py"
+
+
+# A row of each table, as its `measure` makes it.
+ROWS = {
+    "decoding": {"format": "Q8_0", "shape": (1, 1), "bandwidth": 1.0, "copy": 1.0, "peer": None, "host": 1.0},
+    "flux_lora": {"format": "x", "way": "merge", "seconds": {"0": 1.0, "1": 1.0, "4": 1.0}},
+    "fast_matmul": [
+        {"format": "x", "way": "exact", "seconds": 1.0, "dense_ratio": 1.0, "exact_ratio": 1.0, "error": 0.0}
+        | {"weight_bytes": 1, "copy_bytes": 1}
+    ],
+    "flux_compile": [{"format": "x", "change": "first call", "first": 1.0, "later": 1.0, "graphs": 1}],
+    "flux_offload": [
+        {"format": "x", "share": 0.5, "computing": 1.0, "copying": 1.0, "snug": 1.0, "comfyui": 1.0}
+        | {"snug_ratio": 1.0, "comfyui_ratio": 1.0, "plan": ""}
+    ],
+}
+
+
+@pytest.mark.parametrize("script", ROWS)
+def test_what_fails_does_not_end_a_table_and_what_ends_it_leaves_the_rows(
+    script: str,
+    made: Callable[..., Any],
+    comfyui_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls: list[str] = []
+
+    def measure(*_: Any) -> Any:
+        calls.append(script)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return ROWS[script]
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(importlib.import_module(script), "measure", measure)
+    size = ("--comfyui", str(comfyui_path), *SMALL, "--double", "1", "--single", "1")
+    arguments = ("--device", "cpu") if script == "decoding" else size
+    with pytest.raises(KeyboardInterrupt):
+        made(script, *arguments, "--formats", "Q8_0", "Q4_0", "Q4_K")
+    assert "left out: Q8_0" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / f"{script}.json").read_text())["records"]) == 1
+    assert "| ---" in (tmp_path / f"{script}.md").read_text(encoding="utf-8")
