@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_by_what_is_mapped(
     backed = FileBacked()
     assert (tensor in backed) == is_file
     assert tensor[16:] not in backed
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), data_ptr=lambda: address)
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), data_ptr=lambda: address)
     assert on_gpu not in backed
 
 
