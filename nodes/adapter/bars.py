@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from .fonts import fitting, write
 
 WIDTH, MARGIN = 1000, 28
 LABEL_WIDTH, VALUE_WIDTH = 330, 210
@@ -89,9 +91,9 @@ def _text(
     canvas: ImageDraw.ImageDraw, left: int, top: int, text: str, size: int, colour: str, width: int
 ) -> None:
     """Text of at most `width` pixels: the middle of longer ones is left out."""
-    font = ImageFont.load_default(size)
+    text, font = fitting(text, size)
     shown, kept = text, len(text)
     while kept > 4 and canvas.textlength(shown, font=font) > width:
         kept -= 1
         shown = f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
-    canvas.text((left, top), shown, font=font, fill=colour)
+    write(canvas, (left, top), shown, font, size, colour)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from ..adapter.fonts import Font, fitting, write
 
 # Longer sides of a picture on the sheet: smaller ones are enlarged so that captions fit, larger ones reduced.
 SMALLEST, LARGEST = 320, 1024
@@ -16,7 +18,6 @@ MARGIN, GAP = 16, 12
 GROUND, TEXT, FAINT = "#1e2127", "#eceff4", "#b4bcc9"
 CAPTION_LINES = 2
 SMALLEST_FONT, LARGEST_FONT, LETTERS = 15, 30, 24
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,10 @@ def contact_sheet(cells: Sequence[Cell]) -> torch.Tensor:
     height, width = cells[0].image.shape[:2]
     width, height = _shown_size(width, height)
     size = min(max(width // LETTERS, SMALLEST_FONT), LARGEST_FONT)
-    fonts = ImageFont.load_default(size), ImageFont.load_default(max(SMALLEST_FONT - 2, round(size * 0.85)))
+    small = max(SMALLEST_FONT - 2, round(size * 0.85))
     line = round(size * 1.35)
-    captions = [_wrapped(cell.caption, fonts[0], width) for cell in cells]
-    cell_height = height + 6 + line * (max(map(len, captions)) + 1)
+    captions = [_wrapped(*fitting(cell.caption, size), width) for cell in cells]
+    cell_height = height + 6 + line * (max(len(lines) for lines, _ in captions) + 1)
     columns = columns_of(len(cells))
     rows = math.ceil(len(cells) / columns)
     sheet = Image.new(
@@ -53,17 +54,18 @@ def contact_sheet(cells: Sequence[Cell]) -> torch.Tensor:
         GROUND,
     )
     canvas = ImageDraw.Draw(sheet)
-    for number, (cell, caption) in enumerate(zip(cells, captions, strict=True)):
+    for number, (cell, (caption, font)) in enumerate(zip(cells, captions, strict=True)):
         left = MARGIN + number % columns * (width + GAP)
         top = MARGIN + number // columns * (cell_height + GAP)
         picture = _picture(cell.image, width, height)
         sheet.paste(picture, (left + (width - picture.width) // 2, top + (height - picture.height) // 2))
         below = top + height + 6
         for text in caption:
-            canvas.text((left, below), text, font=fonts[0], fill=TEXT)
+            write(canvas, (left, below), text, font, size, TEXT)
             below += line
-        (detail,) = _wrapped(cell.detail, fonts[1], width, 1) or ("",)
-        canvas.text((left, below), detail, font=fonts[1], fill=FAINT)
+        details, font = _wrapped(*fitting(cell.detail, small), width, 1)
+        for text in details:
+            write(canvas, (left, below), text, font, small, FAINT)
     pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
     return pixels.view(1, sheet.height, sheet.width, 3).float() / 255
 
@@ -88,18 +90,28 @@ def _picture(image: torch.Tensor, width: int, height: int) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
 
 
-def _wrapped(text: str, font: Font, width: int, most: int = CAPTION_LINES) -> list[str]:
-    """At most so many lines of at most `width` pixels; what does not fit ends in an ellipsis."""
+def _wrapped(text: str, font: Font, width: int, most: int = CAPTION_LINES) -> tuple[list[str], Font]:
+    """(at most so many lines of at most `width` pixels, font); what does not fit ends in an ellipsis."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer
         else:
-            lines.append(word)
+            lines.extend(_pieces(word, font, width))
     if len(lines) > most:
         lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
-    return [_cut(line, font, width) for line in lines]
+    return [_cut(line, font, width) for line in lines], font
+
+
+def _pieces(word: str, font: Font, width: int) -> list[str]:
+    """Chinese and Japanese have no spaces to break lines at, and names of files may have none."""
+    pieces = [""]
+    for letter in word:
+        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces
 
 
 def _cut(text: str, font: Font, width: int) -> str:

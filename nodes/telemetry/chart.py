@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..adapter.fonts import fitting
 from .record import NodeRecord, Point, PromptRecord
 from .report import size_text
 
@@ -26,6 +27,7 @@ PARTS = (
 NODE_COLOURS = ("#2f6f9f", "#8a5a2b", "#3f7d58", "#7a4a86", "#87663a", "#3c6e78")
 STOPPED = "#a83c3c"
 TICKS = 5
+SMALL = 14  # letters, in pixels
 SHORTEST = 4  # letters of a title that is cut
 
 
@@ -43,7 +45,7 @@ class _Chart:
         self.end = max(record.ended or now, self.start + 0.001)
         self.image = Image.new("RGB", (WIDTH, HEIGHT), CARD)
         self.canvas = ImageDraw.Draw(self.image)
-        self.font, self.small = ImageFont.load_default(18), ImageFont.load_default(14)
+        self.font, self.small = ImageFont.load_default(18), ImageFont.load_default(SMALL)
         self.floor = HEIGHT - BOTTOM - LANES * LANE - 10
         peak = self.peak_node.peak.get(self.device, 0) if self.peak_node else 0
         highest = max([peak, *(point.used + point.cache for point in self.points)], default=0)
@@ -128,14 +130,14 @@ class _Chart:
     def _label(self, node: NodeRecord, first: float, last: float, y: float) -> float:
         """Inside the bar, or beside it where there is room, or cut; returns where the lane is free again."""
         middle = y + (LANE - 5) / 2
-        width, inside = self.canvas.textlength(node.title, self.small), last - first - 8
+        text, font = fitting(node.title, SMALL)
+        width, inside = self.canvas.textlength(text, font), last - first - 8
         if width > inside and last + 4 + width <= WIDTH - RIGHT:
-            self.canvas.text((last + 4, middle), node.title, TEXT, self.small, anchor="lm")
+            self.canvas.text((last + 4, middle), text, TEXT, font, anchor="lm")
             return last + width + 12
-        text = node.title
-        while text and self.canvas.textlength(text, self.small) > inside:
+        while text and self.canvas.textlength(text, font) > inside:
             text = text[:-2] + "…" if len(text) > SHORTEST else ""
-        self.canvas.text((first + 4, middle), text, TEXT, self.small, anchor="lm")
+        self.canvas.text((first + 4, middle), text, TEXT, font, anchor="lm")
         return last + 1
 
     def _peak(self) -> None:
@@ -148,12 +150,12 @@ class _Chart:
         self.canvas.line((first, y, max(last, first + 2), y), fill=PEAK, width=3)
         middle = (first + last) / 2
         self.canvas.polygon([(middle, y - 2), (middle - 6, y - 12), (middle + 6, y - 12)], fill=PEAK)
-        text = f"peak {size_text(nbytes)}: {node.title}"
-        half = self.canvas.textlength(text, self.small) / 2
+        text, font = fitting(f"peak {size_text(nbytes)}: {node.title}", SMALL)
+        half = self.canvas.textlength(text, font) / 2
         x = min(max(middle, LEFT + half), WIDTH - RIGHT - half)
         box = (x - half - 4, y - 32, x + half + 4, y - 13)
         self.canvas.rectangle(box, fill=CARD)
-        self.canvas.text((x, y - 22), text, PEAK, self.small, anchor="mm")
+        self.canvas.text((x, y - 22), text, PEAK, font, anchor="mm")
 
     def _head(self) -> None:
         where = "RAM of ComfyUI" if self.device == "cpu" else f"Memory on {self.device}"
