@@ -15,10 +15,11 @@ from ..core.errors import SnugError
 from ..core.host_memory import empty
 from ..core.packed import PackedTensor
 from ..formats import Format, Scratch
-from ..formats.row_encoder import DATA, RowEncoder
+from ..formats.row_encoder import DATA, RowEncoder, Tensors
 from ..formats.scaled_base import ScaledFormat, rows_and_columns
 from .dispatch import decode_by_kernel
 from .native import native_decoder
+from .threads import share
 
 # Weights per chunk. On a CPU it weighs the fixed cost of some dozen torch calls, about 0.1 ms, against the cache
 # that intermediates of about 6 bytes a weight need: 2^19 to 2^21 measured alike, 2^18 a third slower.
@@ -27,8 +28,8 @@ CPU_CHUNK = 1 << 20
 GPU_CHUNK = 1 << 21
 # Scratch per weight: no format needs more, the float32 copy of a narrower output included.
 SCRATCH_BYTES = 16
-# The intermediates of an encoder that searches take up to this many times a decoder's.
-ENCODER_COST = 16
+# Intermediates of encoders in those of a decoder: the ones that search, and the others.
+SEARCH_COST, ENCODER_COST = 16, 4
 
 
 def weights_per_chunk(device: torch.device) -> int:
@@ -115,16 +116,26 @@ def quantize(values: torch.Tensor, fmt: type[Format], importance: torch.Tensor |
     columns = values.shape[-1] if values.dim() else 1
     blocks = values.reshape(-1, fmt.block_size)
     packed = torch.empty((len(blocks), fmt.block_bytes), dtype=torch.uint8, device=values.device)
-    cost = ENCODER_COST if fmt.searches else ENCODER_COST // 4
-    step = max(1, weights_per_chunk(values.device) // cost // fmt.block_size)
-    for start in range(0, len(blocks), step):
+    step = max(
+        1, _encoded_at_once(values.device, SEARCH_COST if fmt.searches else ENCODER_COST) // fmt.block_size
+    )
+
+    def encode_chunk(start: int) -> None:
         chunk = blocks[start : start + step].float()
         part = None
         if period is not None:
             index = torch.arange(start, start + len(chunk), device=values.device) % len(period)
             part = period.index_select(0, index)
         packed[start : start + step].copy_(fmt.quantize_blocks(chunk, part))
+
+    share(encode_chunk, range(0, len(blocks), step), step * fmt.block_size, values.device)
     return packed.view(-1, columns // fmt.block_size * fmt.block_bytes)
+
+
+def _encoded_at_once(device: torch.device, cost: int) -> int:
+    """Weights of a chunk to encode; on a CPU each thread has its own. cost: of its intermediates, see above."""
+    chunk = weights_per_chunk(device)
+    return (min(chunk, CPU_CHUNK) if device.type == "cpu" else chunk) // cost
 
 
 def _importance_blocks(importance: torch.Tensor, values: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
@@ -189,13 +200,19 @@ def encode(values: torch.Tensor, encoder: RowEncoder, importance: torch.Tensor |
         importance = _scaled_importance(importance, columns, values)
     matrix = values.reshape(rows, columns)
     together = encoder.rows_together(columns)
-    step = max(1, weights_per_chunk(values.device) // max(1, columns) // together) * together
+    step = max(1, _encoded_at_once(values.device, ENCODER_COST) // max(1, columns) // together) * together
     shared = encoder.begin(matrix)
-    found: dict[str, list[torch.Tensor]] = {}
-    for start in range(0, rows, step):
-        for name, part in encoder.encode(matrix[start : start + step], importance, shared).items():
-            found.setdefault(name, []).append(part)
-    joined = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in found.items()}
+    chunks: dict[int, Tensors] = dict.fromkeys(range(0, rows, step), {})
+
+    def encode_chunk(start: int) -> None:
+        chunks[start] = encoder.encode(matrix[start : start + step], importance, shared)
+
+    share(encode_chunk, list(chunks), step * columns, values.device)
+    first, *others = chunks.values()
+    joined = {
+        name: torch.cat([part, *(chunk[name] for chunk in others)]) if others else part
+        for name, part in first.items()
+    }
     joined = encoder.finish(joined | shared)
     data = joined.pop(DATA)
     return PackedTensor(data.view(shape) if data.numel() == values.numel() else data, fmt, shape, joined)

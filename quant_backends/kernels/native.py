@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..formats import Format
+from .threads import workers
 
 PACKAGE = "libgguf"
 # The types whose C code is at least a fifth faster than torch's vector operations (benchmarks/dequantize.py).
@@ -121,15 +122,10 @@ def _in_parts(
     if not others:
         decode(last)
         return
-    running = [_threads().submit(decode, start) for start in others]
+    running = [workers().submit(decode, start) for start in others]
     try:
         decode(last)
     finally:
         wait(running)
     for each in running:
         each.result()
-
-
-@lru_cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="snug-decode")
