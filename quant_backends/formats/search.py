@@ -22,6 +22,7 @@ from .encoding import inverse
 _LARGEST = 1e9
 _LEAST_IMPORTANCE = 1e-6  # of the largest; channels that were never active still get sensible codes
 _EQUAL = 1e-6  # of a gain; rounding makes as much of a difference
+_UNITS = 12  # candidates for what the scales of a block are multiples of
 _SINGULAR = 3e-6  # below this part of their product, the difference of two sums is what rounding left
 _LARGEST_HALF, _LEAST_HALF = 65504.0, 2.0**-24
 
@@ -122,8 +123,8 @@ def fit_affine(
     """
     blocks = _SubBlocks(values, importance, size)
     scale, minimum, sums = _affine_start(blocks, top, candidates)
-    d = _half(scale.amax(1, keepdim=True) / scale_top)
-    dmin = _half(minimum.amax(1, keepdim=True) / scale_top)
+    d = _unit(scale, sums.square, (0, scale_top))
+    dmin = _unit(minimum, sums.total, (0, scale_top))
     for fit in range(rounds):
         if fit:
             sums = blocks.sums()
@@ -160,9 +161,12 @@ def fit_symmetric(
         blocks.add_up(blocks.wx, list(found[:, number]))
     # The error is the sum of w * x * x less this.
     gain = (found[1].square() / found[2]).nan_to_num_(0.0, 0.0, 0.0)
-    sums = blocks.sums(_pick(found, gain.argmax(0)))
+    single = scale_range[0] == scale_range[1]  # then d is the scale itself, and a float16 number
+    free = found[1] * inverse(found[2])
+    lost = (_half(free) - free).square_().mul_(found[2]) if single else None
+    sums = blocks.sums(_pick(found, _best(gain, lost)))
     scale = sums.product * inverse(sums.square)
-    d = _symmetric_unit(scale, scale_range, sums)
+    d = _half(scale / scale_range[0]) if single else _unit(scale, sums.square, scale_range)
     scales = scale
     for fit in range(rounds):
         if fit:
@@ -179,17 +183,29 @@ def fit_symmetric(
     return Symmetric(d[: blocks.blocks], scales[: blocks.blocks], blocks.joined(blocks.codes))
 
 
-def _symmetric_unit(scale: torch.Tensor, scale_range: tuple[int, int], sums: _Sums) -> torch.Tensor:
-    """d, of which the scales (float32 [n, sub-blocks of a block]) are multiples: the best of some candidates."""
-    end = max(scale_range, key=abs)
-    largest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
-    if scale_range[0] == scale_range[1]:
-        return (largest / end).clamp(-_LARGEST_HALF, _LARGEST_HALF).half().float()
-    ends = torch.tensor([end * (1 - number / 32) for number in range(9)], device=scale.device)
+def _unit(numbers: torch.Tensor, weights: torch.Tensor, bounds: tuple[int, int]) -> torch.Tensor:
+    """What the numbers (float32 [n, sub-blocks of a block]) are multiples of, a float16 number: float32 [n, 1].
+
+    Of some candidates the one with the least sum of weights * (number - multiple)^2, for multiples within bounds.
+    """
+    end = max(bounds, key=abs)
+    stride = round(end / 32) or 1
+    largest = numbers.gather(1, numbers.abs().argmax(1, keepdim=True))
+    ends = torch.tensor([float(end - stride * number) for number in range(_UNITS)], device=numbers.device)
     tried = _half(largest / ends).unsqueeze(2)
-    steps = (scale.unsqueeze(1) * inverse(tried)).round_().clamp_(*scale_range).mul_(tried)
-    error = (steps * (steps * sums.square.unsqueeze(1) - 2 * sums.product.unsqueeze(1))).sum(2)
+    steps = (numbers.unsqueeze(1) * inverse(tried)).round_().clamp_(*bounds).mul_(tried)
+    error = steps.sub_(numbers.unsqueeze(1)).square_().mul_(weights.unsqueeze(1)).sum(2)
     return tried.squeeze(2).gather(1, error.nan_to_num_(0.0, 0.0, 0.0).argmin(1, keepdim=True))
+
+
+def _best(gain: torch.Tensor, lost: torch.Tensor | None = None) -> torch.Tensor:
+    """The number of the best candidate of each sub-block: gain is [candidates, sub-blocks].
+
+    Of those that are equally good, as for constant weights, the one with the least of `lost`. Without that the first,
+    which is the same for all sub-blocks of a block: their scales would differ, and be rounded, for nothing.
+    """
+    equal = gain >= gain.amax(0) * (1 - _EQUAL)
+    return equal.to(torch.uint8).argmax(0) if lost is None else torch.where(equal, lost, torch.inf).argmin(0)
 
 
 def _affine_start(
@@ -216,10 +232,7 @@ def _affine_start(
     scale = torch.where(bound, (product + low * code) / square, scale)
     shift = torch.where(bound, -low, shift)
     gain = scale * (2 * product - scale * square - 2 * shift * code) + shift * (2 * sum_y - shift * total)
-    # Of candidates that are equally good, as for constant weights, all sub-blocks of a block must take the same one:
-    # their scales would differ, and be rounded, for nothing.
-    gain = gain.nan_to_num_(-torch.inf, -torch.inf)
-    best = (gain >= gain.amax(0) * (1 - _EQUAL)).to(torch.uint8).argmax(0)
+    best = _best(gain.nan_to_num_(-torch.inf, -torch.inf))
     sums = _pick(found, best)
     scale, shift = _pick(torch.stack([scale, shift]), best)
     flat = sums[2] == 0  # all codes are zero: the minimum is all there is
@@ -275,6 +288,8 @@ def _fit_units(
     usable = (determinant > _SINGULAR * a * c) & (new_d > 0) & (new_dmin >= 0)
     alone = _half((right + dmin * b) / a)
     d = torch.where(alone > 0, alone, d)
+    # Where all codes are zero the minima are all there is.
+    dmin = torch.where(a > 0, dmin, _half((-below / c).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0)))
     return torch.where(usable, new_d, d), torch.where(usable, new_dmin, dmin)
 
 

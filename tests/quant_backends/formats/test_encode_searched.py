@@ -92,6 +92,52 @@ def test_constant_weights_lose_only_the_rounding_of_scales(
     assert _error(found, weights, None) < 1.5 * 2**-12 * _error(torch.zeros_like(weights), weights, None)
 
 
+def _constant_cases() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def constants(run: int) -> torch.Tensor:
+        numbers = torch.randn((ROWS, COLUMNS // run), generator=generator)
+        return numbers.repeat_interleave(run, 1)
+
+    rows, noise = constants(COLUMNS), torch.randn((ROWS, COLUMNS), generator=generator)
+    small, large = constants(16), constants(32)
+    return {
+        "rows": rows,
+        "positive rows": rows.abs(),
+        "negative rows": -rows.abs(),
+        "rows of large numbers": rows * 1e5,
+        "rows of tiny numbers": rows * 1e-5,
+        "blocks": constants(256),
+        "sub-blocks of 16": small,
+        "positive sub-blocks of 16": small.abs(),
+        "negative sub-blocks of 16": -small.abs(),
+        "sub-blocks of 32": large,
+        "positive sub-blocks of 32": large.abs(),
+        "negative sub-blocks of 32": -large.abs(),
+        "nearly equal rows": rows * (1 + 1e-4 * noise),
+        "rather equal rows": rows * (1 + 1e-3 * noise),
+        "nearly equal sub-blocks": large * (1 + 1e-3 * noise),
+    }
+
+
+CONSTANT_CASES = _constant_cases()
+WITH_ZEROS = torch.where(torch.arange(COLUMNS) % 3 == 0, 0.0, IMPORTANCE)
+
+
+@every_format
+@pytest.mark.parametrize("importance", [IMPORTANCE, WITH_ZEROS], ids=["importance", "zeros in it"])
+def test_constant_weights_are_as_exact_as_ggmls(name: str, importance: torch.Tensor) -> None:
+    """Where all that is left is the rounding of scales, nothing is allowed for it."""
+    worse = {}
+    for case, weights in CONSTANT_CASES.items():
+        found = dequantize(quantize(weights, FORMATS[name], importance), FORMATS[name], weights.shape)
+        ours = _error(found, weights, importance)
+        theirs = _error(_native(name, weights, importance), weights, importance)
+        if ours > WORST_RATIO * theirs:
+            worse[case] = ours / theirs
+    assert not worse
+
+
 @every_format
 def test_importance_moves_the_error_to_where_it_matters_less(name: str) -> None:
     weights = CASES["Gaussian"]
