@@ -124,8 +124,10 @@ def layer_info(name: str, layer: Any) -> LayerInfo:
     return LayerInfo(name, tuple(layer.weight.shape), _kind(layer), layer.weight.dtype)
 
 
-def _kind(layer: Any) -> Literal["linear", "conv", "embedding"]:
+def _kind(layer: Any) -> Literal["linear", "conv", "embedding", "experts"]:
     kind = type(layer).__name__
+    if kind == "MoEExperts":
+        return "experts"
     if kind.startswith("Conv"):
         return "conv"
     return "embedding" if kind == "Embedding" else "linear"

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.formats.plain import HALVES
 from ...quant_backends.kernels.embedding import embedding
+from .experts import PackedExperts
 from .layout import is_packed, pack, packed_linear, packed_tensor, unpack
 from .packed_module import LoadSettings, PackedWeightModule
 from .side_branch import SideBranch
@@ -37,6 +38,9 @@ def build_operations(load_settings: LoadSettings) -> type[comfy.ops.manual_cast]
             settings = load_settings
 
         class Embedding(PackedEmbedding):
+            settings = load_settings
+
+        class MoEExperts(PackedExperts):
             settings = load_settings
 
         class GroupNorm(DenseOnLoad, comfy.ops.manual_cast.GroupNorm):

@@ -12,6 +12,7 @@ import torch
 from ...quant_backends.core.packed import PackedTensor
 from ...quant_backends.kernels.dequantize import dequantize_packed
 from ...quant_backends.quantization import LayerInfo, Recipe, make_recipe
+from ...quant_backends.quantization.layers import EXPERTS
 from .layout import DENSE, moved
 
 AS_IN_FILE = "as in the file"
@@ -60,6 +61,7 @@ def _layers(tensors: Tensors, direct: re.Pattern[str]) -> Iterable[tuple[str, La
         dtype = _plain_dtype(value)
         if dtype is not None:
             kind = "conv" if len(value.shape) > 2 else "embedding" if _EMBEDDING.search(name) else "linear"
+            kind = "experts" if EXPERTS in name and len(value.shape) == 3 else kind
             yield name, LayerInfo(name.removesuffix(".weight"), tuple(value.shape), kind, dtype)
 
 

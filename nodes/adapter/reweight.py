@@ -36,7 +36,7 @@ from .patcher import adopt
 ChooseWeight = Callable[[str, torch.nn.Module], PackedTensor | torch.Tensor | None]
 
 # The operations whose weight may be packed, by the names that ComfyUI gives their classes.
-LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding")
+LAYERS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "Embedding", "MoEExperts")
 
 
 def reweight(patcher: Any, choose: ChooseWeight, compute_dtype: torch.dtype | None = None) -> Any:

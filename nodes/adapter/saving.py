@@ -34,6 +34,7 @@ _STEPS = 1000
 # Beside the text encoders of LTX-2; its connectors are told by the names that they have in its diffusion model.
 PROJECTION = "projection"
 _CONNECTOR = re.compile(r"(audio|video)_embeddings_connector\.")
+_QWEN35 = ".linear_attn.A_log"
 # Qwen 3 VL; its largest, MiniMax's, which is cut after this layer, stays as it is.
 _DEEPSTACK = "visual.deepstack_merger_list.0.norm.weight"
 _MINIMAX_LAYER = "model.layers.49.self_attn.q_proj.weight"
@@ -101,13 +102,18 @@ def _tokenizer_tensors(tokenizer: Any) -> dict[str, torch.Tensor]:
 
 
 def _names_in_files(names: Mapping[str, str]) -> dict[str, str]:
-    """ComfyUI moves the vision part of Qwen 3 VL when it loads one, and tells by its first place which model it is; it
-    takes LTX-2's connectors out of a checkpoint."""
-    is_moved = _DEEPSTACK in names and _MINIMAX_LAYER not in names
+    """ComfyUI moves the vision part of Qwen 3 VL, and all of Qwen 3.5, when it loads one, and tells by the first place
+    which model it is; it takes LTX-2's connectors out of a checkpoint."""
+    is_qwen35 = any(name.endswith(_QWEN35) for name in names)
+    is_moved = is_qwen35 or (_DEEPSTACK in names and _MINIMAX_LAYER not in names)
 
     def renamed(name: str) -> str:
         if _CONNECTOR.match(name):
             return DIFFUSION_PREFIX + name
+        if is_qwen35 and name.startswith("model."):
+            return name.replace(
+                "model.", "" if name.startswith("model.lm_head.") else "model.language_model.", 1
+            )
         return f"model.{name}" if is_moved and name.startswith("visual.") else name
 
     return {renamed(name): old for name, old in names.items()}

@@ -21,7 +21,9 @@ from ...quant_backends.readers.text_encoder_kinds import projection_names
 
 UMT5_ROWS = 256384
 # LTX-2's file beside its Gemma.
-PROJECTION = "LTX2_PROJECTION"
+PROJECTION, PROJECTION_NAME = "LTX2_PROJECTION", "LTX-2's text projection"
+# MiniMax Music 3's language model, which writes sound: core knows it by the type that is chosen and this tensor.
+MUSIC, MUSIC_TENSOR = "MINIMAX_MUSIC3", "model.audio_decoder.projection.weight"
 
 # Kind: (what people call it, types that take it alone). No types: ComfyUI loads it alike whatever the type.
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -45,7 +47,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "GEMMA_4_12B": ("Gemma 4 12B", ()),
     "GEMMA_4_31B": ("Gemma 4 31B", ()),
     "T5_GEMMA": ("T5Gemma", ()),
-    "JINA_CLIP_2": ("Jina CLIP v2", ()),
+    "JINA_CLIP_2": ("Jina CLIP v2", ("newbie",)),
     "GPT_OSS_20B": ("GPT-OSS 20B", ()),
     "QWEN25_3B": ("Qwen2.5-VL 3B", ("omnigen2",)),
     "QWEN25_7B": ("Qwen2.5-VL 7B", ("qwen_image", "hunyuan_image", "longcat_image")),
@@ -64,7 +66,11 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "MISTRAL3_24B": ("Mistral Small 3 24B", ("flux2",)),
     "MISTRAL3_24B_PRUNED_FLUX2": ("Mistral Small 3 24B (for Flux 2)", ("flux2",)),
     "MINISTRAL_3_3B": ("Ministral 3 3B", ()),
+    PROJECTION: (PROJECTION_NAME, ("ltxv",)),
+    MUSIC: ("MiniMax Music 3", ("minimax",)),
 }
+# Those that ComfyUI can use beside another one only, and which.
+NEVER_ALONE = {"JINA_CLIP_2": "Gemma 3 4B", PROJECTION: "a Gemma"}
 
 _T5_CLIPS = frozenset({"CLIP_L", "CLIP_G", "T5_XXL"})
 # What LTX-2 has been made with: its first versions with Gemma 3, later ones with Gemma 4.
@@ -88,7 +94,6 @@ TOGETHER: dict[int, dict[str, frozenset[str]]] = {
     3: {"sd3": _T5_CLIPS},
     4: {"hidream": _T5_CLIPS | {"LLAMA3_8"}},
 }
-PROJECTION_NAME = "LTX-2's text projection"
 
 
 def clip_types() -> list[str]:
@@ -113,6 +118,8 @@ def detect_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         )
     except LookupError:  # it looks at tensors and dimensions that a damaged file does not have
         return None
+    if MUSIC_TENSOR in shapes:
+        return MUSIC
     if found is None:
         return PROJECTION if projection_names(shapes) else None
     is_umt5 = shapes.get("shared.weight", ())[:1] == (UMT5_ROWS,)
@@ -127,13 +134,13 @@ def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None
     count = len(kinds)
     if count == 1:
         ((path, kind),) = kinds
-        if kind == PROJECTION:
+        name, types = KINDS.get(kind or "", ("", ()))
+        if kind in NEVER_ALONE:
             raise FileFormatError(
                 os.fspath(path),
-                f"this is {PROJECTION_NAME}, which is no text encoder by itself",
-                "choose its Gemma beside it, and type ltxv",
+                f"this is {name}, which is used beside {NEVER_ALONE[kind]}",
+                f"choose both, and type {types[0]}",
             )
-        name, types = KINDS.get(kind or "", ("", ()))
         if types and clip_type not in types:
             raise _wrong_type(path, name, clip_type, types)
         return
@@ -143,8 +150,10 @@ def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None
             f"This ComfyUI takes type {clip_type} with one text encoder file only, got 2; update ComfyUI."
         )
     if wanted is None:
+        if count == 2 and clip_type in _pair_types():
+            return
         possible = [number for number in TOGETHER if clip_type in TOGETHER[number]]
-        alone = any(clip_type in types for _, types in KINDS.values())
+        alone = clip_type in _types_of("CLIPLoader")
         if possible or alone:
             numbers = " or ".join(map(str, [1] * alone + possible))
             raise SnugError(
@@ -153,9 +162,8 @@ def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None
             )
         return
     for path, kind in kinds:
-        name = PROJECTION_NAME if kind == PROJECTION else KINDS.get(kind or "", ("", ()))[0]
-        if name and kind not in wanted:
-            raise _wrong_type(path, name, clip_type, _types_for(kind or "", count))
+        if kind in KINDS and kind not in wanted:
+            raise _wrong_type(path, KINDS[kind][0], clip_type, _types_for(kind, count))
     found = [kind for _, kind in kinds]
     if clip_type == "ltxv" and found.count(PROJECTION) != 1:
         raise SnugError(
@@ -165,10 +173,7 @@ def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None
 
 
 def _types_for(kind: str, count: int) -> tuple[str, ...]:
-    return (
-        tuple(name for name, kinds in TOGETHER[count].items() if kind in kinds)
-        or KINDS.get(kind, ("", ()))[1]
-    )
+    return tuple(name for name, kinds in TOGETHER[count].items() if kind in kinds) or KINDS[kind][1]
 
 
 def _wrong_type(path: str, name: str, clip_type: str, types: tuple[str, ...]) -> FileFormatError:

@@ -18,6 +18,7 @@ from ..inspection.stored import FileContents
 from ..kernels.dequantize import dequantize_packed
 from ..memory.spill import spill
 from ..quantization import LayerInfo
+from ..quantization.layers import EXPERTS
 from ..readers.conventions import open_quantized_safetensors
 from ..readers.diffusers_folder import open_diffusers_folder
 from ..readers.diffusers_names import to_original_names
@@ -170,7 +171,7 @@ def _is_gguf(path: str | os.PathLike[str]) -> bool:
 
 def _kind(name: str, shape: tuple[int, ...]) -> Any:
     if len(shape) > 2:
-        return "conv"
+        return "experts" if EXPERTS in name and len(shape) == 3 else "conv"
     is_table = name.endswith(("embed_tokens.weight", "shared.weight", "token_embedding.weight"))
     return "embedding" if is_table else "linear"
 

@@ -11,7 +11,7 @@ import torch
 
 from ..core.errors import SnugError
 from ..core.packed import PackedTensor
-from ..formats.scaled import format_called
+from ..formats.scaled import BitsAndBytes4Bit, format_called
 from ..memory.layerwise import SkipRules, parse_skip_patterns
 from ..writers.architecture import detect_architecture
 from ..writers.mixes import block_numbers
@@ -39,7 +39,7 @@ class Recipe:
     overrides: Mapping[str, str] = field(default_factory=dict)
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
     positions: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    kinds: frozenset[str] = frozenset({"linear"})
+    kinds: frozenset[str] = frozenset({"linear", "experts"})
     statistics: Mapping[str, LayerStatistics] = field(default_factory=dict)
     fold: PrecisionRules | None = None
 
@@ -51,7 +51,13 @@ class Recipe:
         layer = self._stored(layer)
         if layer.kind not in self.kinds or self.skip.reason(layer.name) is not None:
             return None
-        return self.target.format_for(layer, *self.positions.get(layer.name, (0, 1)))
+        place = self.positions.get(layer.name, (0, 1))
+        if layer.kind != "experts":
+            return self.target.format_for(layer, *place)
+        fmt = self.target.format_for(
+            replace(layer, shape=(math.prod(layer.shape[:-1]), layer.shape[-1])), *place
+        )
+        return fmt if _is_of_rows(fmt) else None
 
     def quantize(self, layer: LayerInfo, weight: torch.Tensor) -> PackedTensor | None:
         """The layer's weight (float, of its shape, on any device) packed, on that device; None: it stays as it is.
@@ -98,6 +104,11 @@ class Recipe:
         }
 
 
+def _is_of_rows(fmt: AnyFormat | None) -> bool:
+    """Whether a format sees nothing but rows, in however many dimensions: all its scales are of runs in them."""
+    return isinstance(fmt, type | BitsAndBytes4Bit)
+
+
 def make_recipe(
     target: str | Target,
     layers: Iterable[LayerInfo],
@@ -107,7 +118,7 @@ def make_recipe(
     is_text_encoder: bool = False,
     overrides: Mapping[str, str] | None = None,
     importance: Mapping[str, torch.Tensor] | None = None,
-    kinds: Iterable[str] = ("linear",),
+    kinds: Iterable[str] = ("linear", "experts"),
     statistics: Mapping[str, LayerStatistics] | None = None,
 ) -> Recipe:
     """The recipe for a network with these layers.

@@ -30,6 +30,7 @@ from .text_encoder_tables import (
     LLAMA_CPP,
     ORIGINAL,
     QUERY_KEY,
+    SAFETENSORS_ONLY,
     SHIFTED_NORM,
     T5_UNGATED,
     Family,
@@ -142,6 +143,12 @@ def open_text_encoder_gguf(path: str | os.PathLike[str]) -> TextEncoderGGUF:
         family = FAMILIES["t5encoder"]
     else:
         family = FAMILIES.get(architecture or "")
+    if family is None and architecture in SAFETENSORS_ONLY:
+        raise FileFormatError(
+            file.path,
+            f"the file is {SAFETENSORS_ONLY[architecture]}, which is not loaded from GGUF files",
+            "choose a .safetensors version of it, plain or quantized",
+        )
     if family is None:
         named = f"has the architecture {shown(architecture)}" if architecture else "names no architecture"
         raise FileFormatError(

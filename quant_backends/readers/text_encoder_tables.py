@@ -131,6 +131,16 @@ FAMILIES = {
     "gemma4": Family(GEMMA4_NAMES),
 }
 
+# Text encoders of ComfyUI's whose GGUF files hold other tensors than its classes, by `general.architecture`.
+SAFETENSORS_ONLY = {
+    "gpt-oss": "GPT-OSS",
+    "qwen35": "Qwen3.5",
+    "qwen35moe": "Qwen3.5",
+    "bert": "BERT",
+    "jina-bert-v2": "Jina's BERT",
+    "jina-bert-v3": "Jina's BERT",
+}
+
 LLAMA_CPP = re.compile(r"(enc\.|dec\.)?blk\.\d+\.")
 # Files of other converters keep the original names; what comes before them is a checkpoint's prefix.
 ORIGINAL = re.compile(
@@ -165,8 +175,8 @@ TO_HIDDEN = (
 
 # Read by ComfyUI's models themselves instead of through its operations, or too small to matter.
 DIRECT_TENSORS = re.compile(
-    r".*(position_embedding\.weight|pos_embed\.weight|text_projection|relative_attention_bias\.weight"
-    r"|mm_input_projection_weight|learnable_registers)$"
+    r".*((position|token_type)_embeddings?\.weight|pos_embed\.weight|text_projection"
+    r"|relative_attention_bias\.weight|mm_input_projection_weight|learnable_registers|mlp\.router\.weight)$"
 )
 
 QUERY_KEY = re.compile(r".*\.self_attn\.([qk])_proj\.(weight|bias)$")

@@ -190,7 +190,7 @@ def test_gemma_alone(ltx2: SmallLTX2, gemma: Path, whole_gemma: Path, comfy: Any
     [
         (
             ["projection"],
-            "this is LTX-2's text projection, which is no text encoder by itself; choose its Gemma",
+            "this is LTX-2's text projection, which is used beside a Gemma; choose both",
         ),
         (
             ["gemma", "other"],

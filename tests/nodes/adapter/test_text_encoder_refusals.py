@@ -198,6 +198,11 @@ REFUSED: dict[str, tuple[Make, str, tuple[str, ...]]] = {
         "lumina2",
         ("has the architecture 'mamba'", "choose a text encoder that ComfyUI uses"),
     ),
+    "architecture that is not read from GGUF": (
+        llama_cpp("gpt-oss.gguf", {"blk.0.attn_q.weight": torch.zeros(8, 8)}, "gpt-oss"),
+        "flux",
+        ("the file is GPT-OSS, which is not loaded from GGUF files", "choose a .safetensors version"),
+    ),
     "something else": (dense("x.safetensors", zeros("foo.weight")), "sd3", ("no text encoder",)),
     "no head count": (
         llama_cpp(
@@ -221,7 +226,7 @@ REFUSED: dict[str, tuple[Make, str, tuple[str, ...]]] = {
             ),
         ),
         "ltxv",
-        ("this is LTX-2's text projection", "choose its Gemma beside it"),
+        ("this is LTX-2's text projection", "used beside a Gemma", "choose both, and type ltxv"),
     ),
     "projection of another model": (
         together(CLIP_L, dense("p.safetensors", zeros("text_embedding_projection.weight"))),
