@@ -68,6 +68,20 @@ def test_what_is_not_finite_proves_nothing(use_kernels: Callable[..., None]) -> 
     assert len(calls) == 2
 
 
+def test_only_what_is_finite_is_compared(use_kernels: Callable[..., None]) -> None:
+    """Else every call would ask again, and wait for the device."""
+
+    def right(found: Any, tensors: Any, x: torch.Tensor, bias: Any, out: torch.Tensor) -> None:
+        out.copy_((x.sum(1, keepdim=True) * dequantize_packed(ones())[0, 0]).expand(out.shape))
+
+    x = torch.ones(2, 64)
+    x[0, 0] = float("nan")
+    use_kernels(linear=right, dequantize=_refuse)
+    found = linear(x, ones())
+    assert found[0].isnan().all() and found[1].isfinite().all()
+    assert {key[0] for key in dispatch._proven} == {"linear"}
+
+
 def test_sums_in_16_bits_that_a_user_chose_do_not_count_against_a_kernel(
     use_kernels: Callable[..., None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
