@@ -45,7 +45,7 @@ TABLES = (
     Table("flux-lora", "flux_lora.py", seconds=70),
     Table("flux-offload", "flux_offload.py", ("--double", "4", "--single", "8"), None, seconds=100),
     Table("flux-compile", "flux_compile.py", seconds=100),
-    Table("loading", "loading.py", ("--gib", "6"), ("--gib", "0.7"), seconds=100),
+    Table("loading", "loading.py", ("--gib", "4"), ("--gib", "0.7"), seconds=100),
     Table("published-tables", "published_tables.py", seconds=400),
     # Of the models and ratios that a simulated device has in the file without -cuda.
     Table(

@@ -22,7 +22,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -130,8 +130,8 @@ def seconds(run: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - worked
 
 
-def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
-    """One record per way and state of the cache: GB/s at best, and processor seconds per GB."""
+def measure(path: Path, rounds: int) -> Iterator[list[dict[str, Any]]]:
+    """After each round one record per way and state of the cache: GB/s at best so far, and processor seconds per GB."""
     memory = torch.ones(path.stat().st_size + PIECE, dtype=torch.uint8)  # alignment of tensors takes a little
     file_bytes = memory[: path.stat().st_size]
     runs: dict[str, Callable[[], Any]] = {
@@ -143,22 +143,22 @@ def measure(path: Path, rounds: int) -> list[dict[str, Any]]:
     if torch.cuda.is_available():
         runs |= on_gpu(path, memory, torch.device("cuda", torch.cuda.current_device()))
     found: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    nbytes = path.stat().st_size
     for _ in range(rounds):
         for name, run in runs.items():
             for cold in (True, False):
                 if cold:
                     drop_from_cache(path)
                 found.setdefault((name, cold), []).append(seconds(run))
-    nbytes = path.stat().st_size
-    return [
-        {
-            "way": name,
-            "cold": cold,
-            "rate": nbytes / min(wall for wall, _ in times) / 1e9,
-            "processor": min(work for _, work in times) / nbytes * 1e9,
-        }
-        for (name, cold), times in found.items()
-    ]
+        yield [
+            {
+                "way": name,
+                "cold": cold,
+                "rate": nbytes / min(wall for wall, _ in times) / 1e9,
+                "processor": min(work for _, work in times) / nbytes * 1e9,
+            }
+            for (name, cold), times in found.items()
+        ]
 
 
 def as_markdown(kind: str, nbytes: int, records: list[dict[str, Any]]) -> str:
@@ -205,12 +205,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.files) as folder:
         path = Path(folder, file_name(options.kind))
         make_file(path, options.kind, int(options.gib * (1 << 30)))
-        records = measure(path, options.rounds)
-        nbytes = path.stat().st_size
-    text = heading(TITLE, command, facts) + "\n" + as_markdown(options.kind, nbytes, records)
+        nbytes, text = path.stat().st_size, ""
+        result = {"command": command, "environment": facts, "limit": LIMIT, "file_bytes": nbytes}
+        for records in measure(path, options.rounds):
+            text = heading(TITLE, command, facts) + "\n" + as_markdown(options.kind, nbytes, records)
+            save(options, text, {**result, "records": records})
     print(text)
-    result = {"command": command, "environment": facts, "limit": LIMIT, "file_bytes": nbytes}
-    save(options, text, {**result, "records": records})
 
 
 if __name__ == "__main__":
