@@ -93,6 +93,13 @@ def save(options: argparse.Namespace, text: str, result: Mapping[str, Any]) -> N
     """Write the files that `add_output_arguments` was asked for; again after each row, so that a run that is ended
     before its time leaves what it has measured."""
     if options.markdown:
-        options.markdown.write_text(text, encoding="utf-8")
+        _replace(options.markdown, text)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        _replace(options.json, json.dumps(result, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file as a whole or not at all, as the run may be ended at any moment."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
