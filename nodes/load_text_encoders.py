@@ -70,8 +70,8 @@ class SnugLoadTextEncoders(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     tooltip=(
-                        "The vision part of a Qwen2.5-VL or Qwen3-VL GGUF, needed to edit images. auto: the one in "
-                        "the same folder that fits."
+                        "The vision part of a Qwen2.5-VL, Qwen3-VL or Gemma 3 GGUF, needed to edit images, or to write "
+                        "a prompt from one. auto: the one in the same folder that fits."
                     ),
                 ),
                 on_load_input("quantize", available_targets(), "the text encoders"),

@@ -186,11 +186,15 @@ SHIFTED_NORM = re.compile(r"model\..*norm\.weight$")
 
 @dataclass(frozen=True, slots=True)
 class VisionFamily:
-    """A vision tower. prefix: where ComfyUI's text encoder keeps it. deepstack: name of the mergers in between."""
+    """A vision tower. prefix: where ComfyUI's text encoder keeps it. output: what makes the embeddings, and which of
+    its dimensions is their width. deepstack: name of the mergers in between. shifted: norms that one was added to.
+    """
 
     prefix: str
     names: NameMap
+    output: tuple[str, int] = ("mm.2.weight", 0)
     deepstack: dict[str, str] = field(default_factory=dict)
+    shifted: tuple[str, ...] = ()
 
 
 _VISION_BLOCK = re.compile(r"v\.blk\.(\d+)\.(.+)")
@@ -241,9 +245,36 @@ VISION_FAMILIES = {
         ),
         deepstack={"norm": "norm", "fc1": "linear_fc1", "fc2": "linear_fc2"},
     ),
+    "gemma3": VisionFamily(
+        "",
+        NameMap(
+            block=_VISION_BLOCK,
+            block_prefix="vision_model.encoder.layers.{}.",
+            parts={
+                "ln1": "layer_norm1",
+                "ln2": "layer_norm2",
+                **{f"attn_{letter}": f"self_attn.{letter}_proj" for letter in "qkv"},
+                "attn_out": "self_attn.out_proj",
+                "ffn_up": "mlp.fc1",
+                "ffn_down": "mlp.fc2",
+            },
+            tops={
+                "v.patch_embd": "vision_model.embeddings.patch_embedding",
+                "v.position_embd": "vision_model.embeddings.position_embedding",
+                "v.post_ln": "vision_model.post_layernorm",
+                "mm.input_projection": "multi_modal_projector.mm_input_projection_weight",
+                "mm.soft_emb_norm": "multi_modal_projector.mm_soft_emb_norm",
+            },
+            bare=(".mm_input_projection_weight",),
+        ),
+        output=("mm.input_projection.weight", 1),
+        shifted=("multi_modal_projector.mm_soft_emb_norm.weight",),
+    ),
 }
+# The two layers of a block, which llama.cpp's first converters named the other way round.
+WIDENING = re.compile(r"(.+\.mlp\.)fc1\.weight$")
 # Which vision tower belongs to which text encoder.
-VISION_OF = {"qwen2vl": "qwen2.5vl_merger", "qwen3vl": "qwen3vl_merger"}
+VISION_OF = {"qwen2vl": "qwen2.5vl_merger", "qwen3vl": "qwen3vl_merger", "gemma3": "gemma3"}
 PROJECTOR_KEYS = ("clip.vision.projector_type", "clip.projector_type")
 # llama.cpp keeps the number of the layer after which a merger taps; ComfyUI counts the mergers.
 DEEPSTACK = re.compile(r"v\.deepstack\.(\d+)\.(norm|fc1|fc2)$")

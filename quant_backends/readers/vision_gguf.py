@@ -16,7 +16,14 @@ from .gguf_file import GGUFFile
 from .gguf_values import shown
 from .model_kind import text_value
 from .text_encoder_gguf import FAULTY, SUFFIX, as_stored, mapped_name
-from .text_encoder_tables import DEEPSTACK, PROJECTOR_KEYS, SECOND_PATCH, VISION_FAMILIES, VisionFamily
+from .text_encoder_tables import (
+    DEEPSTACK,
+    PROJECTOR_KEYS,
+    SECOND_PATCH,
+    VISION_FAMILIES,
+    WIDENING,
+    VisionFamily,
+)
 
 Tensor = PackedTensor | torch.Tensor
 
@@ -51,10 +58,13 @@ class VisionGGUF:
                 tensor = dequantize(data, info.format, info.shape, torch.float32)
             else:
                 tensor = as_stored(new_name(name, family, taps), info, data)
-            tensors[new_name(name, family, taps)] = tensor
+            new = new_name(name, family, taps)
+            if new in family.shifted and isinstance(tensor, torch.Tensor):
+                tensor = tensor - 1
+            tensors[new] = tensor
             if progress is not None:
                 progress(info.nbytes)
-        return dict(_joined_attention(self.file.path, tensors))
+        return dict(_joined_attention(self.file.path, _widening_first(tensors)))
 
     def _patch_embedding(self, name: str) -> torch.Tensor:
         """(out, in, h, w) twice to (out, in, 2, h, w): float32."""
@@ -86,25 +96,25 @@ def open_vision_gguf(path: str | os.PathLike[str]) -> VisionGGUF:
     """
     file = GGUFFile(path)
     projector = next((value for key in PROJECTOR_KEYS if (value := text_value(file.metadata, key))), None)
-    output = file.tensors.get("mm.2.weight")
-    if (
-        output is None
-        or len(output.shape) != 2
-        or not any(name.startswith("v.blk.") for name in file.tensors)
+    family = VISION_FAMILIES.get(projector or "")
+    named, axis = family.output if family else ("", 0)
+    output = file.tensors.get(named)
+    if not any(name.startswith("v.blk.") for name in file.tensors) or (
+        family is not None and (output is None or len(output.shape) != 2)
     ):
         raise FileFormatError(
             file.path,
             "the file is not the vision part (mmproj) of a text encoder",
             "choose the mmproj file that was published with the text encoder",
         )
-    if projector not in VISION_FAMILIES:
+    if projector is None or output is None:
         raise FileFormatError(
             file.path,
             f"the file is a vision part of the kind {shown(projector or 'not named')}, "
             f"expected one of {', '.join(VISION_FAMILIES)}",
-            "choose the mmproj of a Qwen2.5-VL or Qwen3-VL text encoder, or none",
+            "choose the mmproj of a Qwen2.5-VL, Qwen3-VL or Gemma 3 text encoder, or none",
         )
-    return VisionGGUF(file, projector, output.shape[0])
+    return VisionGGUF(file, projector, output.shape[axis])
 
 
 def new_name(name: str, family: VisionFamily, taps: list[int]) -> str:
@@ -115,6 +125,18 @@ def new_name(name: str, family: VisionFamily, taps: list[int]) -> str:
         number = taps.index(int(tap[1]))
         return f"{family.prefix}deepstack_merger_list.{number}.{family.deepstack[tap[2]]}.{match[2]}"
     return family.prefix + (mapped_name(name, family.names) or name)
+
+
+def _widening_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layers of a block in their order, of which the first has more rows than columns."""
+    swapped = {}
+    for name, tensor in tensors.items():
+        match = WIDENING.match(name)
+        if match and len(tensor.shape) == 2 and tensor.shape[0] < tensor.shape[1]:
+            for suffix in ("weight", "bias"):
+                first, second = (f"{match[1]}{part}.{suffix}" for part in ("fc1", "fc2"))
+                swapped |= {first: second, second: first}
+    return {swapped.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _joined_attention(path: Path, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

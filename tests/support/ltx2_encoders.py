@@ -88,6 +88,8 @@ def small_ltx2(comfy: Any, monkeypatch: pytest.MonkeyPatch) -> SmallLTX2:
         dual[f"{stem}.weight"] = noise(rows, columns) / columns**0.5
         dual[f"{stem}.bias"] = noise(rows)
     vision = {name: value for name, value in weights.items() if name not in gemma}
+    projection = "multi_modal_projector.mm_input_projection_weight"
+    vision[projection] = vision[projection].half().float()  # as converters store it
     single, dual = ({name: value.bfloat16() for name, value in part.items()} for part in (single, dual))
     return SmallLTX2(gemma, vision, single, dual, tiny_sentencepiece("bpe"))
 

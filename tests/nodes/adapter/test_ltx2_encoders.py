@@ -45,10 +45,13 @@ def whole_gemma(ltx2: SmallLTX2, tmp_path: Path) -> Path:
     return save(tmp_path / "gemma.safetensors", with_tokenizer({**ltx2.gemma, **ltx2.vision}, ltx2.spiece))
 
 
-def reference(comfy: Any, *paths: Path) -> torch.Tensor:
+def dense(comfy: Any, *paths: Path) -> Any:
     kind = comfy.sd.CLIPType.LTXV
-    options = {"dtype": torch.float32}
-    found = encode(comfy.sd.load_clip(list(map(str, paths)), clip_type=kind, model_options=options), PROMPT)
+    return comfy.sd.load_clip(list(map(str, paths)), clip_type=kind, model_options={"dtype": torch.float32})
+
+
+def reference(comfy: Any, *paths: Path) -> torch.Tensor:
+    found = encode(dense(comfy, *paths), PROMPT)
     assert found.isfinite().all() and found.std() > 0.01
     return found
 
@@ -178,6 +181,46 @@ def test_projection_as_gguf(
     save_file(twin, tmp_path / "twin.safetensors")
     clip = load(gemma, path)
     assert torch.equal(encode(clip, PROMPT), reference(comfy, whole_gemma, tmp_path / "twin.safetensors"))
+
+
+@pytest.mark.parametrize("converter", ["new", "first"])
+def test_images(
+    converter: str, ltx2: SmallLTX2, gemma: Path, whole_gemma: Path, comfy: Any, tmp_path: Path
+) -> None:
+    """With the vision part beside Gemma's GGUF, as nodes use it that write a prompt from an image."""
+    second = save(tmp_path / "projection.safetensors", ltx2.projection("dual"))
+    image = torch.rand(1, 40, 40, 3, generator=torch.Generator().manual_seed(3))
+    options = {"image": image, "skip_template": False}
+    wanted = encode(dense(comfy, whole_gemma, second), PROMPT, **options)
+    without = load(gemma, second)
+    with pytest.raises(SnugError, match="loaded without its vision part"):
+        encode(without, PROMPT, **options)
+    write_gemma_vision(tmp_path / "mmproj.gguf", ltx2.vision, converter)
+    clip = load(gemma, second)
+    torch.testing.assert_close(encode(clip, PROMPT, **options), wanted, rtol=1e-5, atol=1e-5)
+    black = encode(clip, PROMPT, **{**options, "image": torch.zeros_like(image)})
+    assert (black - wanted).std() > 0.01
+
+
+def write_gemma_vision(path: Path, vision: dict[str, torch.Tensor], converter: str) -> None:
+    """convert_hf_to_gguf.py's Gemma3VisionModel; "first": the names of the two layers as it used to write them."""
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, 2)
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    writer.add_string("clip.projector_type", "gemma3")
+    for name, tensor in vision.items():
+        stem, _, suffix = name.replace("_weight", ".weight").rpartition(".")
+        source = stem if stem.startswith("multi_modal_projector.") else f"vision_tower.{stem}"
+        new = mapping.get_name(source)
+        assert new is not None, name
+        if converter == "first":
+            parts = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+            head, _, part = new.rpartition(".")
+            new = f"{head}.{parts[part]}" if part in parts else new
+        tensor = tensor + 1 if "soft_emb_norm" in name else tensor
+        is_half = "input_projection" in name
+        add(writer, f"{new}.{suffix}", tensor, "F16" if is_half else "Q8_0")
+    finish(writer, path)
 
 
 def test_gemma_alone(ltx2: SmallLTX2, gemma: Path, whole_gemma: Path, comfy: Any) -> None:
