@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from digits import WEIGHTS, make_digits_vae
+from digits import WEIGHTS, make_digits_text_encoder, make_digits_vae
 from native_quantizer import AVAILABLE, native_quantizer
 from safetensors.torch import load_file
 from snug_path import register_snug
@@ -19,12 +19,13 @@ FORMATS = ("F16", "Q8_0", "Q4_K", "Q2_K")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
-def make_demo_model(comfyui: Path, model: Path, vae: Path) -> None:
-    """Write the model that draws digits and its VAE."""
+def make_demo_model(comfyui: Path, model: Path, vae: Path, text_encoder: Path) -> None:
+    """Write the model that draws digits, its VAE and its text encoder."""
     use_comfyui(comfyui)
     model.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(WEIGHTS, model)
     make_digits_vae(vae)
+    make_digits_text_encoder(text_encoder)
 
 
 def write_gguf_versions(model: Path, folder: Path) -> dict[str, Path]:

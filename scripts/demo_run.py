@@ -19,7 +19,7 @@ from demo import parse
 from demo_models import make_demo_model, write_gguf_versions
 from demo_sheet import digits_read, psnr, write_sheet
 from demo_workflow import INFO_NODE, SAVE_NODE, Picture, workflow
-from digits import PICTURE
+from digits import PICTURE, TEXT_ENCODER_TYPE
 from PIL import Image
 from snug_path import ROOT
 
@@ -50,25 +50,30 @@ def main() -> int:
 
     with steps.step("model files"):
         if options.model:
-            dense, vae, encoder = options.model, options.vae.name, options.text_encoder
+            dense, vae, encoder = options.model, options.vae.name, options.text_encoder.name
             _place(options.vae, models / "vae")
-            _place(encoder, models / "text_encoders")
+            _place(options.text_encoder, models / "text_encoders")
         else:
-            dense, encoder, vae = out / "digits.safetensors", None, "digits-vae.safetensors"
-            make_demo_model(comfyui, dense, models / "vae" / vae)
+            dense, vae, encoder = (
+                out / "digits.safetensors",
+                "digits-vae.safetensors",
+                "digits-t5.safetensors",
+            )
+            make_demo_model(comfyui, dense, models / "vae" / vae, models / "text_encoders" / encoder)
         out.mkdir(parents=True, exist_ok=True)
         ggufs = write_gguf_versions(dense, out)
         for file in (dense, *ggufs.values()):
             _place(file, models / "diffusion_models")
 
     picture = Picture(
-        size=options.size if encoder else PICTURE,
+        size=options.size if options.model else PICTURE,
         steps=options.steps,
         seed=options.seed,
         vae=vae,
-        prompt=options.prompt if encoder else options.digits,
-        text_encoder=encoder.name if encoder else None,
-        text_encoder_type=options.text_encoder_type,
+        prompt=options.prompt if options.model else options.digits,
+        text_encoder=encoder,
+        text_encoder_type=options.text_encoder_type if options.model else TEXT_ENCODER_TYPE,
+        is_digits=not options.model,
     )
     packs = {
         "ComfyUI-Snug": ROOT,
@@ -101,22 +106,26 @@ def main() -> int:
 
 def compare(server: ComfyServer, picture: Picture, dense: Path, ggufs: dict[str, Path]) -> list[Result]:
     """Draw the picture with every file, the dense one first: the others are measured against its images."""
-    reference = draw(server, picture, f"dense {dense.suffix[1:]}", dense, None)
-    rows = [draw(server, picture, f"GGUF {name}", file, reference.images) for name, file in ggufs.items()]
+    reference = draw(server, picture, None, dense, None)
+    rows = [draw(server, picture, name, file, reference.images) for name, file in ggufs.items()]
     return [reference, *rows]
 
 
 def draw(
-    server: ComfyServer, picture: Picture, name: str, file: Path, reference: Sequence[Image.Image] | None
+    server: ComfyServer,
+    picture: Picture,
+    format: str | None,
+    file: Path,
+    reference: Sequence[Image.Image] | None,
 ) -> Result:
     server.free()
-    dense = reference is None
+    name = f"GGUF {format}" if format else f"dense {file.suffix[1:]}"
     # The first run loads the model; the next two are alike but for their steps, so that what else they do cancels.
-    server.run(workflow(picture, file.name, dense, steps=2, decode=False))
-    short = server.wait(server.queue(workflow(picture, file.name, dense, steps=1, decode=False)))
-    full = server.wait(server.queue(workflow(picture, file.name, dense, decode=False)))
+    server.run(workflow(picture, file.name, format, steps=2, decode=False))
+    short = server.wait(server.queue(workflow(picture, file.name, format, steps=1, decode=False)))
+    full = server.wait(server.queue(workflow(picture, file.name, format, decode=False)))
     seconds = (execution_seconds(full) - execution_seconds(short)) / (picture.steps - 1)
-    outputs = server.run(workflow(picture, file.name, dense))  # the latent is there already
+    outputs = server.run(workflow(picture, file.name, format))  # the latent is there already
     saved = outputs[SAVE_NODE]["images"]
     images = [Image.open(io.BytesIO(server.view(image))).convert("RGB") for image in saved]
     read = digits_read(images, picture.prompt) if picture.is_digits else None

@@ -20,25 +20,22 @@ class Picture:
     seed: int
     vae: str
     prompt: str
-    text_encoder: str | None  # None: the model that draws digits, and the prompt is the digits
+    text_encoder: str
     text_encoder_type: str
-
-    @property
-    def is_digits(self) -> bool:
-        return self.text_encoder is None
+    is_digits: bool  # by the model that draws them; the prompt is the digits, a picture for each
 
 
 def workflow(
-    picture: Picture, model_file: str, dense: bool, steps: int | None = None, decode: bool = True
+    picture: Picture, model_file: str, format: str | None, steps: int | None = None, decode: bool = True
 ) -> dict[str, Any]:
     """A workflow that draws ``picture`` with a file from ``models/diffusion_models``.
 
-    ``dense`` picks ComfyUI's own loader, otherwise Snug's; ``steps`` overrides the picture's. Without ``decode`` it
-    ends with the latent.
+    ``format`` is the file's; None picks ComfyUI's own loaders. The text encoder of the digits is quantized to the same
+    format as it is loaded. ``steps`` overrides the picture's. Without ``decode`` it ends with the latent.
     """
     loader = (
         _node("UNETLoader", unet_name=model_file, weight_dtype="default")
-        if dense
+        if format is None
         else _node("SnugLoadDiffusionModel", model_name=model_file, compute_dtype="auto")
     )
     sampler = _node(
@@ -62,7 +59,7 @@ def workflow(
     )
     sampled = {
         "model": loader,
-        **_conditioning(picture),
+        **_conditioning(picture, format),
         "latent": latent,
         "sampler": sampler,
         INFO_NODE: _node("SnugTestModelInfo", model=["model", 0], samples=["sampler", 0]),
@@ -77,15 +74,18 @@ def workflow(
     }
 
 
-def _conditioning(picture: Picture) -> dict[str, Any]:
+def _conditioning(picture: Picture, format: str | None) -> dict[str, Any]:
+    encoder, kind = picture.text_encoder, picture.text_encoder_type
+    clip, positive = _node("CLIPLoader", clip_name=encoder, type=kind), "CLIPTextEncode"
+    texts: dict[str, Any] = {"text": picture.prompt}
     if picture.is_digits:
-        return {
-            "positive": _node("SnugTestDigits", digits=picture.prompt),
-            "negative": _node("SnugTestDigits", digits=""),
-        }
+        positive, texts = "SnugTestDigits", {"digits": picture.prompt}
+        if format is not None:
+            quantize = "as in the file" if format == "F16" else f"GGUF {format}"
+            clip = _node("SnugLoadTextEncoders", text_encoder_1=encoder, type=kind, quantize=quantize)
     return {
-        "clip": _node("CLIPLoader", clip_name=picture.text_encoder, type=picture.text_encoder_type),
-        "positive": _node("CLIPTextEncode", clip=["clip", 0], text=picture.prompt),
+        "clip": clip,
+        "positive": _node(positive, clip=["clip", 0], **texts),
         "negative": _node("CLIPTextEncode", clip=["clip", 0], text=""),
     }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from .data import LATENT, latents, real_digits
 from .judge import Judge
 from .prompts import CLASSES, prompts
+from .text_encoder import TEXT_ENCODER_TYPE, make_digits_text_encoder
 from .vae import PICTURE, make_digits_vae
 
 # The trained model, float16.
@@ -20,9 +21,11 @@ __all__ = [
     "CLASSES",
     "LATENT",
     "PICTURE",
+    "TEXT_ENCODER_TYPE",
     "WEIGHTS",
     "Judge",
     "latents",
+    "make_digits_text_encoder",
     "make_digits_vae",
     "prompts",
     "real_digits",

@@ -15,7 +15,7 @@ TOKENS, WIDTH = 2, 4096
 def prompts(classes: Sequence[int]) -> torch.Tensor:
     """float32 [len(classes), 2, 4096]; 0 to 9 are the digits, 10 is the empty prompt.
 
-    The same as what the node SnugTestDigits gives for a text of these digits.
+    The text encoder of `make_digits_text_encoder` gives nearly the same for texts.
     """
     table = [
         torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from comfy_server import ComfyServer
-from digits import WEIGHTS, make_digits_vae
+from digits import TEXT_ENCODER_TYPE, WEIGHTS, make_digits_text_encoder, make_digits_vae
 from tiny import use_comfyui
 
 pytestmark = pytest.mark.comfy
@@ -20,6 +20,7 @@ def test_dense_beside_quantized(comfy_server: ComfyServer, comfyui_path: Path) -
     (models / "diffusion_models").mkdir(parents=True, exist_ok=True)
     shutil.copy(WEIGHTS, models / "diffusion_models" / "digits.safetensors")
     make_digits_vae(models / "vae" / "digits-vae.safetensors")
+    make_digits_text_encoder(models / "text_encoders" / "digits-t5.safetensors")
 
     def node(class_type: str, **inputs: object) -> dict[str, object]:
         return {"class_type": class_type, "inputs": inputs}
@@ -38,8 +39,9 @@ def test_dense_beside_quantized(comfy_server: ComfyServer, comfyui_path: Path) -
         "quantized": node(
             "SnugQuantizeModel", model=["dense", 0], target="GGUF Q8_0", skip_patterns="default"
         ),
-        "positive": node("SnugTestDigits", digits="27"),
-        "negative": node("SnugTestDigits", digits=""),
+        "clip": node("CLIPLoader", clip_name="digits-t5.safetensors", type=TEXT_ENCODER_TYPE),
+        "positive": node("SnugTestDigits", clip=["clip", 0], digits="27"),
+        "negative": node("CLIPTextEncode", clip=["clip", 0], text=""),
         "latent": node("EmptyHunyuanLatentVideo", width=64, height=64, length=1, batch_size=2),
         "vae": node("VAELoader", vae_name="digits-vae.safetensors"),
         "benchmark": node(

@@ -7,9 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from digits import CLASSES, LATENT, PICTURE, WEIGHTS, Judge, latents, make_digits_vae, prompts, real_digits
-from digits.drawing import draw
+from digits import (
+    CLASSES,
+    LATENT,
+    PICTURE,
+    TEXT_ENCODER_TYPE,
+    WEIGHTS,
+    Judge,
+    latents,
+    make_digits_text_encoder,
+    make_digits_vae,
+    prompts,
+    real_digits,
+)
+from digits.drawing import draw, draw_prompts
 from digits.vae import decode
+from narrow_models import accept_small_t5, node_module
 
 # Of every class; enough to tell 90 % from 80 % of them.
 EACH = 10
@@ -102,14 +115,20 @@ def test_comfyui_decodes_what_the_formula_says(comfy: Any, tmp_path: Path) -> No
     assert (found[:, 0, :, 3:5, 3:5] > 1.5).all() and (found[..., 0, :] < -1.5).all()
 
 
-def test_the_node_gives_the_same_prompts(root: Path) -> None:
-    from importlib.util import module_from_spec, spec_from_file_location
+@pytest.mark.parametrize("quantize", ["as in the file", "bitsandbytes NF4"])
+def test_prompts_go_through_a_text_encoder(
+    quantize: str, drawn: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T5 of ComfyUI's own, quantized as it is loaded: digits are read off what is drawn for "0" to "9"."""
+    from snug.nodes.adapter.text_encoders import load_text_encoders
 
-    path = root / "tests" / "comfy" / "custom_nodes" / "snug_test_nodes" / "digits.py"
-    spec = spec_from_file_location("snug_test_digits", path)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    node = module.SnugTestDigits()
-    assert node.encode("3, 1")[0][0][0].equal(prompts([3, 1]))
-    assert node.encode("")[0][0][0].equal(prompts([CLASSES]))
+    accept_small_t5(monkeypatch)
+    path = make_digits_text_encoder(tmp_path / "digits-t5.safetensors")
+    assert path.stat().st_size <= 8_000_000
+    clip = load_text_encoders([str(path)], TEXT_ENCODER_TYPE, quantize=quantize)
+    wanted = WANTED.tolist()
+    ((positive, _),) = node_module("digits").SnugTestDigits().encode(clip, "".join(map(str, wanted)))[0]
+    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))[0][0]
+    assert (positive[7] - prompts([7]).repeat(1, 3, 1)[0]).square().mean() < 0.1**2
+    accuracy = drawn.judge.accuracy(decode(draw_prompts(drawn.patcher, positive, negative)), WANTED)
+    assert accuracy >= drawn.accuracy - 0.05

@@ -1,18 +1,16 @@
-"""The prompt of the tiny model that draws digits."""
+"""Prompts of the tiny model that draws digits, several at once."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-_NOTHING, _TOKENS, _WIDTH = 10, 2, 4096
-
 
 class SnugTestDigits:
-    """Digits such as "0123" to CONDITIONING for a batch of as many pictures, [number of digits, 2, 4096].
-
-    Other characters are left out; without a digit it is the empty prompt, the negative one of guidance.
+    """Encodes each digit of "0123" as a prompt of its own, as CLIPTextEncode does, to CONDITIONING for a batch of as
+    many pictures. Prompts of fewer tokens are repeated to those of the longest, as ComfyUI does where it joins some.
     """
 
     RETURN_TYPES = ("CONDITIONING",)
@@ -21,11 +19,9 @@ class SnugTestDigits:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"digits": ("STRING", {"default": "0123456789"})}}
+        return {"required": {"clip": ("CLIP",), "digits": ("STRING", {"default": "0123456789"})}}
 
-    def encode(self, digits: str) -> tuple[list[Any]]:
-        seeds = [int(letter) for letter in digits if letter in "0123456789"] or [_NOTHING]
-        embeddings = [
-            torch.randn(_TOKENS, _WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in seeds
-        ]
-        return ([[torch.stack(embeddings), {}]],)
+    def encode(self, clip: Any, digits: str) -> tuple[list[Any]]:
+        encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(digit))[0][0] for digit in digits]
+        tokens = math.lcm(*(each.shape[1] for each in encoded))
+        return ([[torch.cat([each.repeat(1, tokens // each.shape[1], 1) for each in encoded]), {}]],)

@@ -55,14 +55,16 @@ def accept_small_t5() -> None:
 
 def _is_small(state_dict: dict[str, Any]) -> bool:
     table = state_dict.get("shared.weight")
-    return (
-        _UP in state_dict and table is not None and table.shape[0] == _T5_ROWS and table.shape[1] < _T5_WIDTH
-    )
+    if table is None or _UP not in state_dict:
+        return False
+    rows, width = table.shape
+    return (rows == _T5_ROWS and width < _T5_WIDTH) or rows < _T5_ROWS
 
 
 def _sizes(state_dict: dict[str, Any]) -> dict[str, int]:
     heads = state_dict[_BIAS].shape[1]
     return {
+        "vocab_size": state_dict["shared.weight"].shape[0],
         "d_model": state_dict["shared.weight"].shape[1],
         "d_ff": state_dict[_UP].shape[0],
         "d_kv": state_dict[_QUERY].shape[0] // heads,
