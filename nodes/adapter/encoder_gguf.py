@@ -10,7 +10,8 @@ import comfy.utils
 import torch
 
 from ...quant_backends.core.errors import SnugError
-from ...quant_backends.readers.text_encoder_tables import FAMILIES, PROJECTIONS
+from ...quant_backends.readers.diffusion_tables import PROJECTIONS
+from ...quant_backends.readers.text_encoder_tables import FAMILIES
 from ...quant_backends.readers.tokenizers import tokenizer_key
 from ...quant_backends.writers import text_encoder_architecture, tokenizer_metadata
 from ...quant_backends.writers.gguf_file import MetadataValue

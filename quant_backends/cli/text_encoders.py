@@ -15,6 +15,7 @@ from ..core.errors import SnugError
 from ..core.packed import PackedTensor
 from ..readers.diffusers_layout import CONFIG, MAX_CONFIG_BYTES
 from ..readers.json_file import read_json_object
+from ..readers.text_encoder_kinds import projection_names
 from ..readers.text_encoder_tables import FAMILIES
 from ..readers.tokenizers import tokenizer_key
 from ..writers import text_encoder_architecture, tokenizer_metadata
@@ -24,6 +25,8 @@ from .console import note
 from .opening import OpenModel, Weight
 
 CLIP, CLIP_NAMES = "clip", "text_model.encoder.layers."
+# LTX-2's projection keeps the names that it has in the checkpoint.
+LTX = "ltxv"
 TABLES = ("shared.weight", "model.embed_tokens.weight")
 # Of every text encoder with LLaMA's layers that ComfyUI knows; what files without a config.json are taken to have.
 HEAD_SIZE = 128
@@ -34,7 +37,8 @@ _NESTED = re.compile(r"^model\.language_model\.")
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """architecture: llama.cpp's name, "clip" for CLIP's text models. metadata: sizes and tokenizer."""
+    """architecture: llama.cpp's name, "clip" for CLIP's text models, "ltxv" for LTX-2's projection. metadata: sizes and
+    tokenizer."""
 
     architecture: str
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
@@ -57,6 +61,8 @@ def encoder_file(model: OpenModel, source: str, tokenizer: str | None) -> Encode
     damaged or of another model.
     """
     tensors = encoder_tensors(model.tensors)
+    if projection_names(tensors):
+        return EncoderFile(LTX)
     is_clip = any(name.startswith(CLIP_NAMES) for name in tensors)
     architecture = CLIP if is_clip else text_encoder_architecture(tensors)
     table = next((name for name in TABLES if name in tensors), None)

@@ -15,11 +15,11 @@ from ..readers.conventions import OWN, recognise
 from ..readers.core_quant import has_core_formats
 from ..readers.diffusers_layout import component_folder, read_config, weights_file
 from ..readers.diffusers_names import to_original_names
-from ..readers.diffusion_tables import CONTROLNET, LORA, TEXT_ENCODER, VAE, VAE_DECODER, VISION_TOWER
+from ..readers.diffusion_tables import CONTROLNET, LORA, VAE, VAE_DECODER, VISION_TOWER
 from ..readers.gguf_file import GGUFFile, looks_like_gguf
 from ..readers.gguf_values import REDOWNLOAD
 from ..readers.lora_names import FACTOR
-from ..readers.model_kind import VISION_TYPES, text_value
+from ..readers.model_kind import VISION_TYPES, is_text_encoder, text_value
 from ..readers.repairs import (
     diffusion_names,
     drop_conv_ones,
@@ -159,7 +159,7 @@ def _kind(names: Collection[str], metadata: Mapping[str, Any]) -> str:
         return "LoRA"
     if type_ in VISION_TYPES or any(VISION_TOWER.match(name) for name in names):
         return "vision part of a text encoder"
-    if any(TEXT_ENCODER.match(name) for name in names):
+    if is_text_encoder(names):
         return "text encoder"
     if any(CONTROLNET.match(name) for name in names):
         return "ControlNet"

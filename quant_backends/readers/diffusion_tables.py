@@ -14,13 +14,18 @@ COMPANIONS = re.compile(
     r"|(alphas|betas|log_one|sqrt_|posterior_)[a-z_]*$"
 )
 
-# The names llama.cpp's converters give to language models, and the original ones of T5, CLIP and language models.
+# The names llama.cpp's converters give to language models, and the original ones of T5, CLIP, BERT and language models.
 TEXT_ENCODER = re.compile(
     r"(enc\.|dec\.)?blk\.\d+\.attn_|token_embd\.weight$"
     r"|(encoder|decoder)\.block\.\d+\.layer\.\d+\.\w*Attention\."
     r"|text_model\.encoder\.layers\.|transformer\.resblocks\."
     r"|(language_)?model\.(language_model\.)?layers\.\d+\.self_attn\.[qkvo]_proj\."
+    r"|model\.encoder\.layers\.\d+\.(mixer|self_attn)\.|layers\.\d+\.self_attn\.sinks$|bert\.encoder\.layer\."
 )
+# LTX-2's projection from a Gemma to the diffusion model; in its checkpoint or in files of its own.
+PROJECTIONS = ("text_embedding_projection.",)
+# What ComfyUI takes beside it.
+CONNECTORS = tuple(f"model.diffusion_model.{part}_embeddings_connector." for part in ("audio", "video"))
 CONTROLNET = re.compile(
     r"control_model\.|controlnet_(cond_embedding|blocks|down_blocks|single_blocks|x_embedder)\."
     r"|(input_hint_block|zero_convs)\."

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import FileFormatError
-from .diffusion_tables import COMPANIONS, CONTROLNET, LORA, TEXT_ENCODER, VAE, VAE_DECODER, VISION_TOWER
+from .diffusion_tables import (
+    COMPANIONS,
+    CONNECTORS,
+    CONTROLNET,
+    LORA,
+    PROJECTIONS,
+    TEXT_ENCODER,
+    VAE,
+    VAE_DECODER,
+    VISION_TOWER,
+)
 
 VISION_TYPES = ("mmproj", "clip-vision")
 
@@ -16,6 +26,15 @@ def text_value(metadata: Mapping[str, Any], key: str) -> str | None:
     """The text stored under `key`; None when the key is absent or holds something else."""
     value = metadata.get(key)
     return value if isinstance(value, str) else None
+
+
+def is_text_encoder(names: Collection[str]) -> bool:
+    """Whether tensors of these names are a text encoder, or LTX-2's projection with nothing else but connectors."""
+    if any(TEXT_ENCODER.match(name) for name in names):
+        return True
+    return any(name.startswith(PROJECTIONS) for name in names) and all(
+        name.startswith(PROJECTIONS + CONNECTORS) for name in names
+    )
 
 
 def refuse_other_kinds(path: Path, names: Collection[str], metadata: Mapping[str, Any]) -> None:
@@ -34,7 +53,7 @@ def refuse_other_kinds(path: Path, names: Collection[str], metadata: Mapping[str
             f"the vision part (mmproj) of a text encoder{known_as}",
             "put it into models/text_encoders beside its text encoder and load both with Load Text Encoders (Snug)",
         )
-    if any(TEXT_ENCODER.match(name) for name in names):
+    if is_text_encoder(names):
         _refuse(
             path,
             f"a text encoder{known_as}",

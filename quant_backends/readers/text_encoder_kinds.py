@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..core.errors import FileFormatError
-from .diffusion_tables import VAE, VAE_DECODER, VISION_TOWER
+from .diffusion_tables import CONNECTORS, PROJECTIONS, VAE, VAE_DECODER, VISION_TOWER
 from .gguf_values import Metadata
 from .model_kind import VISION_TYPES, text_value
 from .text_encoder_tables import (
     ADAPTER,
     CHECKPOINT,
-    CONNECTORS,
     DENOISER,
-    PROJECTIONS,
     THIRD_CONNECTOR_BLOCK,
 )
 

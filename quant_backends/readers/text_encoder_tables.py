@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from .diffusion_tables import CONNECTORS
+
 
 @dataclass(frozen=True, slots=True)
 class NameMap:
@@ -155,10 +157,7 @@ DENOISER = re.compile(
     r"|joint_transformer|double_transformer)_blocks|blocks|(double|single)_layers|(noise|context)_refiner)\.\d+\."
 )
 ADAPTER = re.compile(r".*\.(lora_(a|b|up|down|A|B)(\.\w+)?|hada_w\d_[ab]|lokr_w\d(_[ab])?)$")
-# LTX-2's, from a Gemma to the diffusion model; in its checkpoint or in files of their own.
-PROJECTIONS = ("text_embedding_projection.",)
-# What ComfyUI takes beside it; the connectors only of the first LTX-2, which have no third block.
-CONNECTORS = tuple(f"model.diffusion_model.{part}_embeddings_connector." for part in ("audio", "video"))
+# Connectors with a third block are not the first LTX-2's: ComfyUI leaves them to the diffusion model.
 THIRD_CONNECTOR_BLOCK = f"{CONNECTORS[0]}transformer_1d_blocks.2."
 # Linear layers of language models and T5 by what they lead to, for files that do not tell their shapes.
 FROM_HIDDEN = (

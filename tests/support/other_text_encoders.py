@@ -21,6 +21,7 @@ OTHERS: dict[str, tuple[tuple[str, ...], str]] = {
     "Qwen3.5": (("QWEN35_2B",), "stable_diffusion"),
     "Gemma 3 and Jina CLIP": (("GEMMA_3_4B", "JINA_CLIP_2"), "newbie"),
 }
+MUSIC = "MiniMax Music 3"  # calculates in bfloat16, and what comes out of it is drawn by chance
 
 
 def make(name: str, comfy: Any, patch: pytest.MonkeyPatch) -> list[Weights]:
@@ -140,6 +141,44 @@ def _qwen35(comfy: Any, patch: pytest.MonkeyPatch) -> Weights:
         next(old + name.removeprefix(new) for new, old in prefixes.items() if name.startswith(new)): value
         for name, value in random_weights(module, "Q8_0").items()
     }
+
+
+def make_music(comfy: Any, patch: pytest.MonkeyPatch) -> Weights:
+    """As published: with the tables that it needs of its vocabulary, in bfloat16."""
+    if "MINIMAX" not in comfy.sd.CLIPType.__members__:
+        pytest.skip(f"this ComfyUI does not know {MUSIC}")
+    from comfy.ldm.minimax_music.prompt import SPECIAL_TOKEN_IDS
+    from comfy.text_encoders import minimax_music
+
+    shape = {**sizes(64, 2, (4, 2)), "head_dim": 16, "decoder_num_heads": 4}
+    shape |= {"decoder_intermediate_size": 64, "decoder_num_layers": 1, "audio_num_codebooks": 3}
+    for key, value in shape.items():
+        patch.setitem(minimax_music.MODEL_CONFIG, key, value)
+    module = minimax_music.MiniMaxMusic3TEModel(
+        device="meta", model_options={"custom_operations": comfy.ops.manual_cast}
+    )
+    del module.model.embed_tokens, module.model.lm_head
+    weights = {name: value.bfloat16() for name, value in random_weights(module, "Q8_0").items()}
+    vocabulary = {**SPECIAL_TOKEN_IDS, "?": 0}
+    added = [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for token, number in SPECIAL_TOKEN_IDS.items()
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "?"},
+    }
+    return {**weights, "tokenizer_json": as_tensor(tokenizer)}
 
 
 _MAKERS = {

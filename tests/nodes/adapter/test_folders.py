@@ -148,6 +148,36 @@ def test_a_vision_part_put_beside_its_text_encoder_is_noticed(folders: Any, tmp_
     assert ask("c.GGUF", "qwen_image", mmproj="none") == ask("c.GGUF", "qwen_image", mmproj="none")
 
 
+def test_a_checkpoint_beside_text_encoders(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LTX-2's, with its projection: taken for a file more, and noticed when it changes."""
+    import folder_paths
+    from snug.nodes import load_text_encoders
+
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    monkeypatch.setitem(
+        folder_paths.folder_names_and_paths, "checkpoints", ([str(checkpoints)], {".safetensors"})
+    )
+    for path in (tmp_path / "sub" / "gemma.safetensors", checkpoints / "ltx2.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    loaded: list[Any] = []
+    monkeypatch.setattr(load_text_encoders, "load_text_encoders", lambda *args: loaded.append(args))
+    node = load_text_encoders.SnugLoadTextEncoders
+    chosen = {"text_encoder_1": "gemma.safetensors", "type": "ltxv", "checkpoint": "ltx2.safetensors"}
+    node.execute(**chosen)
+    assert loaded[0][0] == [
+        str(tmp_path / "sub" / "gemma.safetensors"),
+        str(checkpoints / "ltx2.safetensors"),
+    ]
+    before = node.fingerprint_inputs(**chosen)
+    assert node.fingerprint_inputs(**{**chosen, "checkpoint": "none"}) != before
+    (checkpoints / "ltx2.safetensors").write_bytes(b"more")
+    assert node.fingerprint_inputs(**chosen) != before
+
+
 def test_a_text_encoder_from_another_node_is_not_known_yet(folders: Any) -> None:
     """ComfyUI asks with None; an exception would count as a change on every run."""
     from snug.nodes.load_text_encoders import SnugLoadTextEncoders

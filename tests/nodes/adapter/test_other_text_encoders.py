@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from other_text_encoders import OTHERS, Weights, make
+from other_text_encoders import OTHERS, Weights, make, make_music
 from quantized_files import dense_tensors, quantize_tensors
 from safetensors.torch import save_file
 from small_text_encoders import PROMPT
@@ -166,3 +166,31 @@ def test_jina_clip_alone_is_refused(comfy: Any, monkeypatch: pytest.MonkeyPatch,
     message = "this is Jina CLIP v2, which is used beside Gemma 3 4B; choose both, and type newbie"
     with pytest.raises(SnugError, match=message):
         load([tmp_path / "jina.safetensors"], "Gemma 3 and Jina CLIP")
+
+
+def test_music(comfy: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """MiniMax Music 3's language model: plain by ComfyUI; quantized while it is loaded, and saved."""
+    import folder_paths
+    from snug.nodes.adapter import text_encoders
+    from snug.nodes.adapter.saving import SaveSettings, save_text_encoders
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    path = tmp_path / "music.safetensors"
+    save_file(make_music(comfy, monkeypatch), path)
+
+    def frames(clip: Any) -> torch.Tensor:
+        found = clip.encode_from_tokens(clip.tokenize(PROMPT, max_audio_frames=3, seed=1))
+        assert found.isfinite().all() and found.std() > 0.01
+        return found
+
+    load = text_encoders.load_text_encoders
+    with pytest.raises(SnugError, match="this is MiniMax Music 3, which type flux2 does not use"):
+        load([str(path)], "flux2")
+    wanted = frames(load([str(path)], "minimax"))
+    with monkeypatch.context() as patch:
+        patch.setattr(text_encoders, "_is_for_core", lambda encoder: False)
+        assert torch.equal(frames(load([str(path)], "minimax")), wanted)
+    quantized = load([str(path)], "minimax", quantize="bitsandbytes NF4")
+    assert "bnb-nf4-64" in formats(quantized)
+    (saved,) = save_text_encoders(quantized, SaveSettings("music"))
+    assert torch.equal(frames(load([str(saved)], "minimax")), frames(quantized))

@@ -11,7 +11,7 @@ import gguf
 import pytest
 import torch
 from prompts import PROMPTS
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.kernels.dequantize import quantize_packed
@@ -193,6 +193,58 @@ def test_clip_keeps_its_names(snug: Run, tmp_path: Path) -> None:
     save_file(tensors | positions, source)
     assert snug("quantize", source, out, "--to", "GGUF Q8_0")[0] == 0
     is_same(out, tensors)
+
+
+def test_projection_keeps_its_names(snug: Run, tmp_path: Path) -> None:
+    """LTX-2's; of a whole checkpoint's exclusions it would be left alone, so they are given."""
+    stem = "model.diffusion_model.video_embeddings_connector"
+    tensors = random(
+        {
+            "text_embedding_projection.aggregate_embed.weight": (64, 320),
+            f"{stem}.learnable_registers": (8, 256),
+            f"{stem}.transformer_1d_blocks.0.attn1.to_q.weight": (256, 256),
+        }
+    )
+    source = tmp_path / "projection.safetensors"
+    save_file(tensors, source)
+    for out, options, packed in (
+        (tmp_path / "default.gguf", (), {"to_q"}),
+        (tmp_path / "all.gguf", ("--skip", "registers"), {"to_q", "aggregate_embed"}),
+    ):
+        assert snug("quantize", source, out, "--to", "GGUF Q8_0", *options)[0] == 0
+        stored = open_text_encoder_gguf(out).state_dict()
+        assert stored.keys() == tensors.keys()
+        quantized = {
+            name.split(".")[-2]
+            for name, value in stored.items()
+            if isinstance(value, PackedTensor) and value.format is FORMATS["Q8_0"]
+        }
+        assert quantized == packed
+        assert torch.equal(
+            stored[f"{stem}.learnable_registers"], tensors[f"{stem}.learnable_registers"].float()
+        )
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "model.encoder.layers.0.self_attn.q_proj",  # T5Gemma
+        "model.encoder.layers.0.mixer.Wqkv",  # Jina CLIP
+        "bert.encoder.layer.0.attention.self.query",
+        "layers.0.self_attn.q_proj",  # GPT-OSS, which its sinks tell
+    ],
+)
+def test_kinds_that_go_into_safetensors(layer: str, snug: Run, tmp_path: Path) -> None:
+    tensors = random({f"{layer}.weight": (256, 256), "embed_tokens.weight": (300, 256)})
+    tensors |= random({"layers.0.self_attn.sinks": (8,)} if layer.startswith("layers") else {})
+    source, out = tmp_path / "encoder.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, source)
+    code, _, messages = snug("quantize", source, tmp_path / "out.gguf", "--to", "GGUF Q8_0")
+    assert code == 1 and "a text encoder of a kind that cannot be loaded from a GGUF file" in messages
+    assert snug("quantize", source, out, "--to", "FP8 e4m3fn per row")[0] == 0
+    stored = load_file(out)
+    assert stored[f"{layer}.weight"].dtype is torch.float8_e4m3fn
+    assert stored["embed_tokens.weight"].dtype is torch.bfloat16
 
 
 def test_what_is_refused(snug: Run, tmp_path: Path) -> None:
