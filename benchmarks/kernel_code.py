@@ -24,8 +24,16 @@ for folder in ("scripts", "tests/support"):
 from snug_path import register_snug  # noqa: E402
 
 register_snug()
-from compiled_kernels import Code, compiled, decoding_launch, product_launches  # noqa: E402
+from compiled_kernels import (  # noqa: E402
+    Code,
+    Launch,
+    compiled,
+    decoding_launch,
+    product_launches,
+    rounding_launch,
+)
 from random_packed import random_packed  # noqa: E402
+from snug.quant_backends.core.packed import PackedTensor  # noqa: E402
 from snug.quant_backends.formats import FORMATS  # noqa: E402
 from snug.quant_backends.kernels.gpu import launch  # noqa: E402
 
@@ -43,6 +51,10 @@ SCALED = (
     "int8-rows-rotated-256",
 )
 TOKENS = (1, 2, 4, 8, 16, 64)
+# Rows of x that are multiplied both with and without matrix units, to see from how many on those are better.
+BOTH_WAYS = 8
+# Columns that are rotated together before rounding to 8 bits.
+ROTATED = {"int8": 256, "float8_e4m3fn": 1}
 # From data sheets: multiprocessors, clock in GHz, memory in GB/s; each multiprocessor issues for 128 lanes a clock.
 GPUS = {80: (108, 1.41, 1555), 86: (82, 1.70, 936), 89: (128, 2.52, 1008), 90: (132, 1.83, 4800)}
 LANES = 128
@@ -61,6 +73,10 @@ def widths(accesses: dict[int, int], weights: float) -> str:
     )
 
 
+def in_short(code: Code) -> str:
+    return f"{code.per_weight:.1f} / {code.registers}"
+
+
 def record(code: Code) -> dict[str, Any]:
     return {
         "instructions_per_weight": code.per_weight,
@@ -73,6 +89,17 @@ def record(code: Code) -> dict[str, Any]:
     }
 
 
+def without_matrix_units(packed: PackedTensor, tokens: int) -> Launch:
+    """How so many rows would be multiplied by the kernel for the fewest."""
+    most, launch.MOST_VECTORS = launch.MOST_VECTORS, tokens
+    launch._product_plan.cache_clear()
+    try:
+        return product_launches(packed, tokens, torch.bfloat16)[0]
+    finally:
+        launch.MOST_VECTORS = most
+        launch._product_plan.cache_clear()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -82,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     launch.multiprocessors = lambda device: GPUS[options.capability][0]
     formats = [name for name, fmt in FORMATS.items() if fmt.dtype is None] + list(SCALED)
-    decoding, products, found = [], [], {}
+    decoding, products, rounding, found = [], [], [], {}
     for name in formats:
         packed = random_packed(name, SHAPE)
         bits = packed.nbytes * 8 / (SHAPE[0] * SHAPE[1])
@@ -108,7 +135,24 @@ def main() -> None:
             for tokens in TOKENS
         }
         found[name]["products"] = {str(tokens): record(code) for tokens, code in codes.items()}
-        products.append([name, *(f"{code.per_weight:.1f} / {code.registers}" for code in codes.values())])
+        vectors = compiled(without_matrix_units(packed, BOTH_WAYS), options.capability)
+        found[name]["without_matrix_units"] = record(vectors)
+        products.append([name, *(in_short(code) for code in [*codes.values(), vectors])])
+        rounded = {
+            stored: compiled(rounding_launch(packed, stored, width), options.capability)
+            for stored, width in ROTATED.items()
+        }
+        found[name]["rounding"] = {stored: record(code) for stored, code in rounded.items()}
+        rounding.append(
+            [
+                name,
+                *(
+                    text
+                    for code in rounded.values()
+                    for text in (in_short(code), f"{code.spilled}", widths(code.stores, code.weights))
+                ),
+            ]
+        )
         print(f"compiled: {name}", file=sys.stderr)
     command = command_line()
     facts = environment("triton") | {"compiled for": f"compute capability {options.capability}"}
@@ -120,7 +164,22 @@ def main() -> None:
             "Decoding:",
             table(header, decoding),
             "Products, PTX per weight and step of the inner loop / registers, by rows of x:",
-            table(["format", *(str(tokens) for tokens in TOKENS)], products),
+            table(
+                ["format", *(str(tokens) for tokens in TOKENS), f"{BOTH_WAYS} without matrix units"], products
+            ),
+            "Rounding to 8 bits, PTX per weight / registers:",
+            table(
+                [
+                    "format",
+                    "int8, rotated",
+                    "spilled B",
+                    "weights per store",
+                    "fp8",
+                    "spilled B",
+                    "per store",
+                ],
+                rounding,
+            ),
         ]
     )
     print(text)

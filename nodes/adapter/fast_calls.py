@@ -22,6 +22,7 @@ from ...quant_backends.kernels.fast_matmul import (
     round_weight,
     rounded_already,
     rounded_linear,
+    rounds_in_one_pass,
 )
 from .layout import packed_tensor
 from .operations import PackedLinear
@@ -95,7 +96,8 @@ class Product:
         rounded = None if copy is None else copy.rounded
         if rounded is None or rounded.stored != self.stored:
             rounded = rounded_already(packed, self.stored)
-        if tokens < fewest_tokens(x.device, rounded is not None):
+        in_one_pass = rounded is None and rounds_in_one_pass(packed, x.device)
+        if tokens < fewest_tokens(x.device, rounded is not None, in_one_pass):
             return None
         output = rounded_linear(x, rounded or round_weight(packed, self.stored, x.dtype), bias)
         return output if patches is None else patches.branch.add_to(output, x)  # type: ignore[union-attr]

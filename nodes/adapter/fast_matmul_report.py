@@ -24,6 +24,7 @@ from ...quant_backends.kernels.fast_matmul import (
     rotation_width,
     round_weight,
     rounded_linear,
+    rounds_in_one_pass,
 )
 from ...quant_backends.memory.plan import size_text
 from ...quant_backends.quantization.calibration import Calibration
@@ -57,7 +58,8 @@ def fast_matmul_report(
         return lines[0]
     lines.append(_how(device, compute_dtype(patcher.model), stored, layers))
     settings = fast_call_settings(patcher)
-    fewest, made = (fewest_tokens(device, is_kept) for is_kept in (True, False))
+    in_one_pass = all(rounds_in_one_pass(packed_tensor(layer.weight), device) for layer in layers.values())
+    fewest, made = fewest_tokens(device, True, False), fewest_tokens(device, False, in_one_pass)
     if settings.copies is None:
         lines.append(
             f"weights are rounded anew in each call, which pays from {made} tokens on; others are exact"

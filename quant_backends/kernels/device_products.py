@@ -16,6 +16,7 @@ from ..core.device import multiplies_float8, on_device
 from ..formats.rotation import rotate
 from ..formats.scaled_elements import ScaledElements
 from .dequantize import dequantize_packed, quantize_packed
+from .rounding import rounded_tokens
 
 logger = logging.getLogger("snug")
 
@@ -26,7 +27,6 @@ Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | No
 _TRIAL = (64, 512, 128)
 # Two ways of rounding the same rows differ by a part of the rounding's own error, 1% for int8 and 4% for float8.
 _TOLERANCE = {"int8": 0.02, "float8_e4m3fn": 0.06}
-_TINY = torch.finfo(torch.float32).tiny
 
 
 @lru_cache
@@ -105,15 +105,12 @@ def _scaled_rows(device: torch.device) -> Product | None:
     """torch._scaled_mm with a scale for each row of both factors."""
     if not multiplies_float8(device):
         return None
-    largest = torch.finfo(torch.float8_e4m3fn).max
 
     def product(
         x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        magnitude = torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg()).float()
-        by_row = magnitude.div_(largest).clamp_(min=_TINY)
-        rounded = (rows / by_row).clamp_(-largest, largest).to(torch.float8_e4m3fn)
+        rounded, by_row = rounded_tokens(rows, "float8_e4m3fn")
         result = torch.ops.aten._scaled_mm.default(
             rounded,
             codes.t(),

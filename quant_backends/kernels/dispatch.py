@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from ..core.device import compute_capability, interprets_kernels, records_graph, triton_version
 from ..core.errors import SnugError
 from ..core.packed import PackedTensor
+from ..formats import FORMATS
 from .gpu import operands
 
 log = logging.getLogger("snug")
@@ -54,6 +55,12 @@ TRITON_NEEDS = Requirements(
 )
 
 _forced = AUTO
+Rounded = tuple[torch.Tensor, torch.Tensor]
+# Kernels that round to 8 bits are called so, and those for inputs of layers.
+_ROUND, _TOKENS = "round", "rounding inputs to 8 bits"
+_PLAIN = {FORMATS[name].dtype: FORMATS[name] for name in ("F32", "F16", "BF16")}
+# Up to which scales rows are finite, and the part of their codes that may be one step away from torch's.
+_LARGEST_USUAL, _FEW = 1e30, 1e-4
 # Kernels by what they are for: those that are not to be used, and those whose first result was right.
 _fails: set[tuple[object, ...]] = set()
 _proven: set[tuple[object, ...]] = set()
@@ -178,6 +185,23 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool | None:
     return bool(difference <= _TOLERANCE[found.dtype] * torch.where(finite, expected, 0.0).norm())
 
 
+def _same_rounding(
+    codes: torch.Tensor, scales: torch.Tensor, expected: torch.Tensor, expected_scales: torch.Tensor
+) -> bool | None:
+    """Whether rows were rounded alike, where they are finite: to the same codes but for a few at a border of two.
+
+    None where nothing but zeros is finite.
+    """
+    usual = expected_scales < _LARGEST_USUAL
+    if not bool(((expected.view(torch.int8) != 0) & usual.view(-1, 1)).any()):
+        return None
+    if not bool((((scales - expected_scales).abs() <= 1e-6 * expected_scales) | ~usual).all()):
+        return False
+    difference = codes.view(torch.int8).to(torch.int16) - expected.view(torch.int8).to(torch.int16)
+    difference = difference.abs_().mul_(usual.view(-1, 1))
+    return bool((difference <= 1).all()) and bool(difference.float().mean() <= _FEW)
+
+
 def _cannot(packed: PackedTensor) -> None:
     if _forced == TRITON:
         raise SnugError(
@@ -232,6 +256,70 @@ def decode_changed_by_kernel(
 
     done = _attempt(key, lambda: launch.dequantize_changed(found, tensors, up, down, out), agrees)
     return out if done else None
+
+
+def rounds_by_kernel(packed: PackedTensor, device: torch.device) -> bool:
+    """Whether the rows of a weight like this one are rounded to 8 bits in one pass on `device`, as far as is known."""
+    if _kernels(device, torch.float32) is None:
+        return False
+    is_out = any(key[:2] == (_ROUND, packed.format.name) for key in _fails)
+    return not is_out and operands.rounding_constants(packed.format, tuple(packed.shape)) is not None
+
+
+def round_weight_by_kernel(packed: PackedTensor, stored: str, width: int) -> Rounded | None:
+    """(codes, `stored` [rows, columns]; scales, float32 [rows]) of a weight; None where no kernel can.
+
+    stored: "int8" or "float8_e4m3fn"; width: of the groups of columns that are rotated first, 1 for none. The result is
+    that of `rounding.exactly_rounded`.
+    """
+    if _kernels(packed.data.device, torch.float32) is None:
+        return None
+    found = operands.rounding_constants(packed.format, tuple(packed.shape))
+    tensors = None if found is None else operands.tensors(packed, found)
+    if found is None or tensors is None:
+        return None
+    return _rounded(packed.format.name, found, tensors, stored, width, lambda: packed)
+
+
+def round_tokens_by_kernel(rows: torch.Tensor, stored: str, width: int) -> Rounded | None:
+    """The same of rows [m, k] of float32, float16 or bfloat16. Infinities make the scale of their row infinite."""
+    fmt = _PLAIN.get(rows.dtype)
+    if fmt is None or _kernels(rows.device, torch.float32) is None:
+        return None
+    found = operands.rounding_constants(fmt, tuple(rows.shape))
+    if found is None:
+        return None
+    rows = rows.contiguous()
+
+    def source() -> PackedTensor:
+        return PackedTensor(rows.view(-1).view(torch.uint8), fmt, tuple(rows.shape))
+
+    return _rounded(_TOKENS, found, (rows,) * 6, stored, width, source)
+
+
+def _rounded(
+    name: str,
+    found: operands.Constants,
+    tensors: tuple[torch.Tensor, ...],
+    stored: str,
+    width: int,
+    source: Callable[[], PackedTensor],
+) -> Rounded | None:
+    """source: what is rounded, for the comparison."""
+    device, launch = tensors[0].device, _launch_module()
+    codes = torch.empty((found.rows, found.columns), dtype=getattr(torch, stored), device=device)
+    scales = torch.empty(found.rows, dtype=torch.float32, device=device)
+
+    def start() -> None:
+        launch.round_to_8_bits(found, tensors, codes, scales, width, bounded=name != _TOKENS)
+
+    def agrees() -> bool | None:
+        from .rounding import exactly_rounded
+
+        return _same_rounding(codes, scales, *exactly_rounded(source(), stored, width))
+
+    key = (_ROUND, name, found.columns, stored, width, device, tensors[0].dtype)
+    return (codes, scales) if _attempt(key, start, agrees) else None
 
 
 def linear_by_kernel(x: torch.Tensor, packed: PackedTensor, bias: torch.Tensor | None) -> torch.Tensor | None:

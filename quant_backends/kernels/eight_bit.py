@@ -15,6 +15,7 @@ from ..formats.eight_bit_products import EightBitProducts
 from ..formats.float8 import to_float32
 from ..formats.outlier_products import OutlierProducts
 from .outliers import Outliers
+from .rounding import rounded_tokens
 
 # Below this many rows (tokens of all images of a batch) reading the weight is all that takes time, and torch._int_mm
 # wants more than 16 on a GPU. Modulation and the like have one row an image, and suffer most from rounding.
@@ -25,7 +26,6 @@ _EXACT_SUM = 1024
 _TILE = 1 << 21
 # Results calculated at a time: 64 MiB of sums, and as much again of float32.
 _RESULTS = 1 << 24
-_TINY = torch.finfo(torch.float32).tiny
 # Formats whose layers round their input as well.
 PRODUCTS = (EightBitProducts, OutlierProducts)
 # What torch has for it, under names of its own.
@@ -37,9 +37,12 @@ def rounds_input(weight: PackedTensor, x: torch.Tensor) -> bool:
     return isinstance(weight.format, PRODUCTS) and x.numel() >= FEWEST_ROWS * x.shape[-1] > 0
 
 
-def eight_bit_linear(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def eight_bit_linear(
+    x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor | None = None, width: int = 1
+) -> torch.Tensor:
     """x [..., in] times a weight [out, in] that `rounds_input`, plus bias [out]; result [..., out] in x's dtype.
 
+    width: of the groups of channels that are rotated in x before it is rounded, as they were in the weight; 1 for none.
     On one device; not differentiable. The formula is that of the weight's format. Everything but the matmul is
     calculated in float32 and the result is rounded once; columns with outliers are multiplied in x's dtype.
     """
@@ -49,7 +52,7 @@ def eight_bit_linear(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor |
     output = x.new_empty(len(inputs), out_features)
     step = max(FEWEST_ROWS, _RESULTS // max(1, out_features))
     for rows, results in zip(inputs.split(step), output.split(step), strict=True):
-        codes, by_row = _rounded_input(rows, weight) if outliers is None else outliers.rounded(rows)
+        codes, by_row = _rounded_input(rows, weight, width) if outliers is None else outliers.rounded(rows)
         sums = codes_product(codes, weight.data.view(weight.shape))
         values = sums * weight.parts["scale"].view(-1)
         values.mul_(weight.parts["step"] if by_row is None else by_row)
@@ -63,10 +66,14 @@ def eight_bit_linear(x: torch.Tensor, weight: PackedTensor, bias: torch.Tensor |
     return output.view(*x.shape[:-1], out_features)
 
 
-def _rounded_input(rows: torch.Tensor, weight: PackedTensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _rounded_input(
+    rows: torch.Tensor, weight: PackedTensor, width: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(codes of rows [m, in], their scales float32 [m, 1]; None where all have one that is known)."""
     fmt = weight.format
     assert isinstance(fmt, EightBitProducts)
+    if fmt.activations == "dynamic":
+        return rounded_tokens(rows, fmt.stored, width)
     values = rows.to(torch.float32, copy=True)
     if "factor" in weight.parts:
         values.mul_(weight.parts["factor"])
@@ -74,9 +81,7 @@ def _rounded_input(rows: torch.Tensor, weight: PackedTensor) -> tuple[torch.Tens
         return fmt.rounded(values.add_(weight.parts["shift"])), None
     if "step" in weight.parts:
         return fmt.rounded(values.div_(weight.parts["step"])), None
-    magnitude = torch.maximum(values.amax(1, keepdim=True), values.amin(1, keepdim=True).neg_())
-    scale = magnitude.div_(fmt.largest).clamp_(min=_TINY)
-    return fmt.rounded(values.div_(scale)), scale
+    return rounded_tokens(values, fmt.stored)
 
 
 def codes_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

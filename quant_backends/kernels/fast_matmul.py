@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
 from ..core.packed import PackedTensor
 from ..formats.eight_bit_products import EightBitProducts
 from ..formats.rotated_rows import RotatedRows
-from ..formats.rotation import rotate
 from ..formats.scaled_elements import ScaledElements
-from .dequantize import dequantize_packed, quantize_packed, weights_per_chunk
+from .dequantize import dequantize_packed
 from .device_products import device_product
+from .dispatch import rounds_by_kernel
 from .eight_bit import FEWEST_ROWS, eight_bit_linear
+from .rounding import rotate_rows, rotation_matrix, rounded_weight
 
 INT8, FLOAT8 = "int8", "float8_e4m3fn"
 # Channels that are rotated together: the widest of these powers of 4 that divides the columns.
@@ -33,8 +33,10 @@ WIDTHS = (256, 64, 16, 4)
 # Operations that take as long as moving one byte: of GPUs as in `low_rank`, of CPUs by benchmarks/fast_matmul.py, where
 # rounding a weight in each call is a loss with 256 tokens.
 _GPU_FLOP_PER_BYTE, _CPU_FLOP_PER_BYTE = 160, 16
-# Bytes moved for each weight to decode it once more than the exact way does, rotate and round it.
-_ROUNDING_BYTES = 24
+# Bytes moved for each weight to decode it once more than the exact way does, rotate and round it. By one kernel it is
+# what could be moved in the time of its 40 to 54 instructions, less what the exact way's decoding moves: 4 to 6 where
+# memory is fastest (compute capability 9.0; benchmarks/kernel_code.py), fewer elsewhere.
+_ROUNDING_BYTES, _ONE_PASS_BYTES = 24, 6
 # The part of a matmul's time that 8 bits save.
 _SAVED = 0.5
 
@@ -66,16 +68,10 @@ def rotation_width(stored: str, columns: int) -> int:
 def round_weight(weight: PackedTensor, stored: str, dtype: torch.dtype) -> RoundedWeight:
     """The weight [out, in] of any format in 8 bits, on its device; stored: INT8 or FLOAT8.
 
-    dtype: what it is decoded to on the way on a GPU, where float32 would take twice the time; CPUs use float32.
+    dtype: what it is decoded to on the way on a GPU without a kernel for it; all others calculate in float32.
     """
-    dense = dequantize_packed(weight, torch.float32 if weight.data.device.type == "cpu" else dtype)
     width = rotation_width(stored, weight.shape[1])
-    if width > 1:
-        step = max(1, weights_per_chunk(dense.device) // max(1, dense.shape[1]))
-        for rows in dense.split(step):
-            _rotate(rows, width)
-    packed = quantize_packed(dense, ScaledElements(stored, (1, 0)))
-    return RoundedWeight(packed.data, packed.parts["scale"].view(-1), width)
+    return RoundedWeight(*rounded_weight(weight, stored, width, dtype), width)
 
 
 def rounded_already(weight: PackedTensor, stored: str) -> RoundedWeight | None:
@@ -97,7 +93,7 @@ def restored(weight: RoundedWeight) -> torch.Tensor:
     by_row = ScaledElements(weight.stored, (1, 0))
     dense = dequantize_packed(PackedTensor(weight.codes, by_row, shape, {"scale": weight.scale}))
     if weight.width > 1:
-        _rotate(dense, weight.width)
+        rotate_rows(dense, weight.width)
     return dense
 
 
@@ -110,39 +106,14 @@ def rounded_linear(x: torch.Tensor, weight: RoundedWeight, bias: torch.Tensor | 
     product = device_product(x.device, x.dtype, weight.stored, weight.width)
     if product is not None and not any(size % 16 for size in weight.codes.shape):
         return product(x, weight.codes, weight.scale, bias)
-    on_cpu = x.device.type == "cpu"
-    if weight.width > 1:
-        given, x = x, x.to(torch.float32, copy=True) if on_cpu else x.clone()
-        _rotate(x.view(-1, x.shape[-1]), weight.width)
-        return _by_torch(x, weight, bias).to(given.dtype)
-    return _by_torch(x, weight, bias)
-
-
-def _by_torch(x: torch.Tensor, weight: RoundedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of x that is rotated already."""
     shape, fmt = tuple(weight.codes.shape), EightBitProducts(weight.stored)
     if weight.stored == INT8:
-        return eight_bit_linear(x, PackedTensor(weight.codes, fmt, shape, {"scale": weight.scale}), bias)
+        packed = PackedTensor(weight.codes, fmt, shape, {"scale": weight.scale})
+        return eight_bit_linear(x, packed, bias, weight.width)
     one = torch.ones(1, device=x.device)  # that format has one scale for all rows
     sums = eight_bit_linear(x.to(torch.float32), PackedTensor(weight.codes, fmt, shape, {"scale": one}))
     sums.mul_(weight.scale)
     return (sums if bias is None else sums.add_(bias)).to(x.dtype)
-
-
-def _rotate(rows: torch.Tensor, width: int) -> None:
-    """Rotates rows [m, k], contiguous, in place: in float32 on a CPU, by one matmul in their dtype elsewhere."""
-    if rows.device.type == "cpu":
-        rotate(rows, width, torch.empty_like(rows))
-    else:
-        groups = rows.view(-1, width)
-        groups.copy_(groups @ _rotation(width, rows.device, rows.dtype))
-
-
-@lru_cache
-def _rotation(width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix; its elements are powers of 2, exact in every dtype."""
-    matrix = torch.eye(width)
-    return rotate(matrix, width, torch.empty_like(matrix)).to(device, dtype)
 
 
 def prepare(device: torch.device, dtype: torch.dtype, stored: str) -> None:
@@ -152,16 +123,22 @@ def prepare(device: torch.device, dtype: torch.dtype, stored: str) -> None:
     """
     for width in WIDTHS if stored == INT8 else (1,):
         if width > 1 and device.type != "cpu":
-            _rotation(width, device, dtype)
+            rotation_matrix(width, device, dtype)
         device_product(device, dtype, stored, width)
 
 
-def fewest_tokens(device: torch.device, is_kept: bool) -> int:
+def rounds_in_one_pass(weight: PackedTensor, device: torch.device) -> bool:
+    """Whether a weight like this one is rounded by one kernel on `device`."""
+    return device.type != "cpu" and rounds_by_kernel(weight, device)
+
+
+def fewest_tokens(device: torch.device, is_kept: bool, in_one_pass: bool) -> int:
     """From how many rows of x on the product is worth it; an estimate.
 
-    is_kept: the rounded weight is there, and need not be made for this call.
+    is_kept: the rounded weight is there, and need not be made for this call. in_one_pass: as `rounds_in_one_pass` says.
     """
     if is_kept:
         return FEWEST_ROWS
     flop = _CPU_FLOP_PER_BYTE if device.type == "cpu" else _GPU_FLOP_PER_BYTE
-    return math.ceil(_ROUNDING_BYTES * flop / (2 * _SAVED))
+    nbytes = _ONE_PASS_BYTES if in_one_pass else _ROUNDING_BYTES
+    return math.ceil(nbytes * flop / (2 * _SAVED))

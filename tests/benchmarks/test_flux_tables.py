@@ -88,6 +88,9 @@ def test_fast_matmul(made: Callable[..., Any], comfyui_path: Path) -> None:
     copies = {record["way"]: record["copy_bytes"] for record in records}
     assert 0 < copies["int8, rounded weights kept"] < copies["decoded weights kept"]
     assert not copies["exact"] and not copies["int8, rounded in each call"]
+    (one_weight,) = (record["one_weight"] for record in records if "one_weight" in record)
+    assert {*one_weight} == {"decoded", "int8 by torch", "float8_e4m3fn by torch"}
+    assert min(one_weight.values()) > 0
 
 
 def test_targets_are_read_from_the_tables(made: Callable[..., Any]) -> None:

@@ -9,6 +9,7 @@ from random_packed import random_packed
 from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.kernels.dequantize import dequantize_packed
 from snug.quant_backends.kernels.dispatch import TRITON, most_tokens, using
+from snug.quant_backends.kernels.fast_matmul import FLOAT8, INT8, prepare, round_weight, rounded_linear
 from snug.quant_backends.kernels.linear import linear
 from snug.quant_backends.kernels.low_rank import decode_merged
 
@@ -64,3 +65,32 @@ def test_a_forward_neither_waits_nor_keeps_memory(name: str) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("stored", [INT8, FLOAT8])
+@pytest.mark.parametrize("name", [*NAMES, "BF16"])
+def test_a_graph_of_a_product_in_8_bits(name: str, stored: str) -> None:
+    """The weight is rounded in the call, nothing waits and nothing is kept."""
+    packed = on_device(random_packed(name, (256, 1024)))
+    x = torch.randn(48, 1024, device=DEVICE, dtype=torch.bfloat16)
+    prepare(DEVICE, torch.bfloat16, stored)
+
+    def forward() -> torch.Tensor:
+        return rounded_linear(x, round_weight(packed, stored, torch.bfloat16))
+
+    with using(TRITON), torch.inference_mode():
+        expected = forward().clone()  # compiles
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                forward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_allocated() == before
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = forward()
+        graph.replay()
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))

@@ -19,7 +19,14 @@ from snug.quant_backends.kernels.gpu import launch, operands
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-KERNELS = ("dequantize_blocks", "dequantize_tiles", "vectors_product", "matrix_product", "combine")
+KERNELS = (
+    "dequantize_blocks",
+    "dequantize_tiles",
+    "vectors_product",
+    "matrix_product",
+    "combine",
+    "round_rows",
+)
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -115,6 +122,18 @@ def product_launches(packed: PackedTensor, tokens: int, dtype: torch.dtype) -> l
     return launches
 
 
+def rounding_launch(packed: PackedTensor, stored: str, width: int) -> Launch:
+    """How the weight's rows are rounded to `stored`, in groups of `width` columns rotated."""
+    constants = operands.rounding_constants(packed.format, tuple(packed.shape))
+    assert constants is not None
+    tensors = operands.tensors(packed, constants)
+    assert tensors is not None
+    codes = torch.empty(packed.shape, dtype=getattr(torch, stored))
+    with recorded() as launches:
+        launch.round_to_8_bits(constants, tensors, codes, torch.empty(len(codes)), width, bounded=True)
+    return launches[0]
+
+
 def compiled(launched: Launch, capability: int) -> Code:
     """What Triton makes of it for a GPU of compute capability `capability`, such as 90, by aligned pointers."""
     constants = dict(launched.constants)
@@ -143,11 +162,8 @@ def _code(result: Any, constants: dict[str, Any]) -> Code:
     ptx = result.asm["ptx"]
     body = _loop(ptx) or ptx.splitlines()
     opcodes = Counter(opcode for line in body if (opcode := _opcode(line)))
-    weights = (
-        constants["ROWS"]
-        * constants.get("COLUMNS", constants.get("SIZE", 0))
-        / (32 * result.metadata.num_warps)
-    )
+    columns = constants.get("COLUMNS", constants.get("SIZE", 0)) + constants.get("REST", 0)
+    weights = constants["ROWS"] * columns / (32 * result.metadata.num_warps)
     registers, spilled = _resources(result.asm["cubin"])
     loads = _widths(opcodes, "ld.global") + _widths(opcodes, "cp.async")
     return Code(

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from ...core.device import multiprocessors, on_device
+from ...formats.eight_bit_products import LARGEST
 from .blocks import dequantize_blocks
 from .matmul import combine, matrix_product, vectors_product
 from .operands import MOST_VECTORS, Constants
+from .rounding import round_rows
 from .tiles import dequantize_tiles
 
 # Weights that a program decodes at a time, by 4 warps: 32 each thread, written in four pieces of 16 bytes of bfloat16.
@@ -106,6 +108,18 @@ def _product_plan(found: Constants, tokens: int, bias: bool, device: torch.devic
     return Plan((row_tiles, splits, token_tiles), options, splits, per_split)
 
 
+@functools.lru_cache(maxsize=4096)
+def _rounding_plan(found: Constants) -> Plan:
+    """A row as one tile or, where that is less, as two: half of its power of two, and what is left."""
+    whole = max(_power_of_two(found.columns), found.step, 16)
+    columns, rest = whole // 2, _power_of_two(max(found.columns - whole // 2, found.step, 256))
+    if columns < rest or columns + rest == whole:
+        columns, rest = whole, 0
+    rows = max(1, min(TILE // columns, _power_of_two(found.rows)))
+    options = _tile_options(found, rows, columns, max(4, min(16, rows * columns // 1024)))
+    return Plan((-(-found.rows // rows),), options | {"REST": rest})
+
+
 def dequantize(found: Constants, operands: Tensors, out: torch.Tensor) -> None:
     """out (contiguous, float32, float16 or bfloat16) = the decoded weight. found: from `flat_constants`."""
     with on_device(out.device):
@@ -130,6 +144,35 @@ def dequantize_changed(
     with on_device(out.device):
         dequantize_tiles[plan.grid](
             *operands, out, up, down, found.rows, found.columns, extent, rank, **plan.options
+        )
+
+
+def round_to_8_bits(
+    found: Constants,
+    operands: Tensors,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    width: int,
+    bounded: bool,
+) -> None:
+    """codes (int8 or float8_e4m3fn [rows, columns]), scales (float32 [rows]) = the weight's rows, rounded.
+
+    found: from `rounding_constants`. width: columns that are rotated together, 1 for none; bounded: as
+    `rounding.round_rows` takes it.
+    """
+    plan, extent = _rounding_plan(found), _extent(found, operands[0])
+    stored = str(codes.dtype).removeprefix("torch.")
+    options = {"WIDTH": width, "STORED": stored, "LARGEST": LARGEST[stored], "BOUNDED": bounded}
+    with on_device(codes.device):
+        round_rows[plan.grid](
+            *operands,
+            codes.view(torch.int8),
+            scales,
+            found.rows,
+            found.columns,
+            extent,
+            **plan.options,
+            **options,
         )
 
 

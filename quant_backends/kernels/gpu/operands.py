@@ -24,15 +24,20 @@ from ...formats.scaled_base import ScaledFormat, rows_and_columns
 from ...formats.scaled_elements import ScaledElements
 from ...formats.tables import delta_grid
 
-# Rows of x that are multiplied without matrix units: with more, those take fewer instructions for each weight
-# (benchmarks/kernel_code.py).
+# Rows of x that are multiplied without matrix units. With more, those take fewer instructions for each weight, though
+# they multiply 16 rows whatever there is: 5 to 16 for 8 rows, against 21 to 38 without them, as every weight is then
+# multiplied eight times by each thread, with half as many weights in its registers (benchmarks/kernel_code.py). The
+# packed weight is read once either way.
 MOST_VECTORS = 4
 # Positions in a matrix are 32-bit integers in the kernels.
 _MOST_WEIGHTS = 1 << 31
 # The longest run of weights that shares what is decoded once for it, and the widest group that is rotated in one tile.
 _LONGEST_RUN, _WIDEST_ROTATION = 256, 1024
+# Columns that a program can hold in registers: 48 for each of its threads.
+_LONGEST_ROW = 3 << 13
 _EXTRAS = {"dynamic": "", "smooth": "factor", "static": "static"}
 _NO_PARTS: tuple[str, ...] = ()
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +46,9 @@ class Constants:
 
     family "blocks": kind the ggml type, a, b weights and bytes of a block. "elements": kind the dtype of the data, a, b
     rows and columns of a block, c what else is applied, d columns that are rotated. "groups": a bits, b columns of a
-    group. "four_bit": a weights of a block, b of a nested one. parts: names of the tensors, in the order of arguments.
-    unit: bytes of the integers that the data is read in; None: as the block's alignment allows. step: tiles are
-    multiples of so many columns.
+    group. "four_bit": a weights of a block, b of a nested one. "plain", only to be rounded: kind the dtype. parts:
+    names of the tensors, in the order of arguments. unit: bytes of the integers that the data is read in; None: as the
+    block's alignment allows. step: tiles are multiples of so many columns.
     """
 
     rows: int
@@ -124,6 +129,19 @@ def flat_constants(fmt: type[Format] | ScaledFormat, shape: tuple[int, ...]) -> 
     return constants(fmt, shape)
 
 
+@functools.lru_cache(maxsize=4096)
+def rounding_constants(fmt: type[Format] | ScaledFormat, shape: tuple[int, ...]) -> Constants | None:
+    """What rounding the rows of a matrix to 8 bits needs; plain numbers are rounded, too."""
+    if isinstance(fmt, type) and fmt.dtype in _PLAIN:
+        rows, columns = rows_and_columns(shape)
+        found = Constants(rows, columns, "plain", str(fmt.dtype).removeprefix("torch."), step=1)
+    else:
+        found = constants(fmt, shape)
+    if found is None or found.columns > _LONGEST_ROW or not 0 < found.rows * found.columns < _MOST_WEIGHTS:
+        return None
+    return found
+
+
 def _four_bit(fmt: BitsAndBytes4Bit, rows: int, columns: int) -> Constants | None:
     if fmt.block_size % 4 or (rows > 1 and columns % 4) or (rows * columns + 1) // 2 % 2:
         return None
@@ -142,13 +160,16 @@ def _run(block: int) -> int:
 
 
 def tensors(packed: PackedTensor, found: Constants) -> tuple[torch.Tensor, ...] | None:
-    """The data as integers, then five tensors beside it (the data again where there is none).
+    """The data as integers, or as plain numbers; then five tensors beside it (the data again where there is none).
 
     None where the data does not begin at a whole number of such integers.
     """
     data = packed.data.view(-1)
     # torch views bytes as wider integers where they begin at a multiple of those in their storage, too.
     address = data.data_ptr() | int(data.storage_offset()) * data.element_size()
+    if found.family == "plain":
+        dtype = getattr(torch, found.kind)
+        return None if address % dtype.itemsize else (data.view(dtype),) * 6
     if found.unit is None:
         odd = address | found.b
         unit = 1 if odd & 1 else 2 if odd & 2 else 4

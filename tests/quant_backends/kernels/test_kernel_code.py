@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from compiled_kernels import Code, compiled, decoding_launch, product_launches
+from compiled_kernels import Code, compiled, decoding_launch, product_launches, rounding_launch
 from random_packed import random_packed
 from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.kernels.gpu import launch
@@ -73,3 +73,22 @@ def test_low_rank_changes_of_the_widest_tiles() -> None:
     """Factors in float32 take the most shared memory, of which desktop cards have least."""
     launched = decoding_launch(random_packed("int8-rows-rotated-1024", SHAPE), torch.float32, rank=32)
     assert_sound(compiled(launched, 86), 86)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "stored", "capability"),
+    [
+        ("Q6_K", 3072, "int8", 80),  # two tiles of a row, two rows
+        ("IQ3_S", 15360, "int8", 86),  # one tile
+        ("bnb-nf4-64-nested-256", 3072, "float8_e4m3fn", 89),
+        ("Q8_0", 24576, "int8", 90),  # the longest row
+        ("BF16", 12288, "int8", 86),
+    ],
+)
+def test_rounding(name: str, columns: int, stored: str, capability: int) -> None:
+    packed = random_packed(name, (64, columns))
+    code = compiled(rounding_launch(packed, stored, 256 if stored == "int8" else 1), capability)
+    assert_sound(code, capability)
+    # Sixteen neighbours at a time, and the scale of the row.
+    assert set(code.stores) == {16, 4} and code.stores[4] == 1
+    assert code.per_weight < 64

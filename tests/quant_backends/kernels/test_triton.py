@@ -14,7 +14,13 @@ pytest.importorskip("triton")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["test_decoding_kernels.py", "test_product_kernels.py", "test_first_results.py"]
+    "name",
+    [
+        "test_decoding_kernels.py",
+        "test_product_kernels.py",
+        "test_rounding_kernels.py",
+        "test_first_results.py",
+    ],
 )
 def test_in_the_interpreter(name: str, root: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
