@@ -16,6 +16,9 @@ pytestmark = pytest.mark.comfy
 
 # The page's translations are messages of vue-i18n, to which these are syntax.
 SYNTAX = re.compile(r"[{}@|]")
+# In help pages: what is typed or chosen; beginnings of headings, list entries and rows of tables.
+LITERAL = re.compile(r"`[^`\n]+`")
+BLOCK = re.compile(r"^ *(?:#+ |- |\|)", re.MULTILINE)
 # Named by ComfyUI itself, in every language.
 COMFYUI_CATEGORIES = {"loaders"}
 
@@ -85,6 +88,28 @@ def test_help_pages_name_the_node_and_every_input(schemas: list[Any], root: Path
                 schema.node_id,
                 entry.id,
             )
+
+
+def test_translated_help_pages_say_what_the_english_ones_do(root: Path) -> None:
+    """ComfyUI's page asks for docs/<node>/<language>.md, and where there is none for docs/<node>.md, which is English.
+
+    Whatever is typed or chosen, each heading, list entry and row of a table is in both; nodes have their names.
+    """
+    pages = sorted((root / "web" / "docs").glob("*/*"))
+    assert pages
+    for page in pages:
+        node_id, language = page.parent.name, page.stem
+        names = {
+            found: node["display_name"]
+            for found, node in json.loads(
+                (root / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8")
+            ).items()
+        }
+        text, english = page.read_text(encoding="utf-8"), _help(root, node_id)
+        assert text.startswith(f"# {names[node_id]}\n"), page
+        assert set(LITERAL.findall(text)) == set(LITERAL.findall(english)), page
+        assert BLOCK.findall(text) == BLOCK.findall(english), page
+        assert set(re.findall(r"[“「]([^“「]+\(Snug\))[”」]", text)) <= set(names.values()), page
 
 
 def test_texts_are_no_syntax_of_the_page(root: Path) -> None:
