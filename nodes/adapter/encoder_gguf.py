@@ -25,7 +25,7 @@ LTX = "ltxv"
 EMBEDDINGS = ("shared.weight", "model.embed_tokens.weight")
 # ComfyUI has it beside every text encoder, and uses it in none.
 UNUSED = "logit_scale"
-# HunyuanDiT's, which ComfyUI takes out of its checkpoint only.
+# HunyuanDiT's: its BERT could not be in a file beside it.
 MT5 = "mt5xl.spiece_model"
 SAFETENSORS_INSTEAD = (
     "quantize it to a format that safetensors files hold, such as FP8, INT8 or bitsandbytes NF4, with Quantize Text "

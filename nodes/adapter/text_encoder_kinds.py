@@ -1,8 +1,8 @@
 """Which text encoders the types of ComfyUI's CLIP loaders use, and the check before anything is loaded.
 
 Read from `comfy.sd.load_text_encoder_state_dicts` of ComfyUI 0.3.75 and 0.33. A kind is what core's own
-detection calls a file (`TEModel`), with UMT5 told apart from T5 by its vocabulary, and one of ours for the files that
-core looks into without a name for them.
+detection calls a file (`TEModel`), with UMT5 and mT5 told apart from T5 by their vocabularies, and some of ours for the
+files that core looks into without a name for them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import comfy.sd
 from ...quant_backends.core.errors import FileFormatError, SnugError
 from ...quant_backends.readers.text_encoder_kinds import projection_names
 
-UMT5_ROWS = 256384
+UMT5_ROWS, MT5_ROWS = 256384, 250112
+# HunyuanDiT's pair. Core has the type, but takes its text encoders out of a checkpoint only.
+HUNYUAN_DIT, BERT, MT5 = "hunyuan_dit", "HYDIT_BERT", "MT5_XL"
+BERT_TENSOR = "bert.encoder.layer.0.attention.self.query.weight"
 # LTX-2's file beside its Gemma.
 PROJECTION, PROJECTION_NAME = "LTX2_PROJECTION", "LTX-2's text projection"
 # MiniMax Music 3's language model, which writes sound: core knows it by the type that is chosen and this tensor.
@@ -68,9 +71,11 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "MINISTRAL_3_3B": ("Ministral 3 3B", ()),
     PROJECTION: (PROJECTION_NAME, ("ltxv",)),
     MUSIC: ("MiniMax Music 3", ("minimax",)),
+    BERT: ("HunyuanDiT's BERT", (HUNYUAN_DIT,)),
+    MT5: ("mT5-XL", (HUNYUAN_DIT,)),
 }
 # Those that ComfyUI can use beside another one only, and which.
-NEVER_ALONE = {"JINA_CLIP_2": "Gemma 3 4B", PROJECTION: "a Gemma"}
+NEVER_ALONE = {"JINA_CLIP_2": "Gemma 3 4B", PROJECTION: "a Gemma", BERT: "mT5-XL", MT5: "HunyuanDiT's BERT"}
 
 _T5_CLIPS = frozenset({"CLIP_L", "CLIP_G", "T5_XXL"})
 # What LTX-2 has been made with: its first versions with Gemma 3, later ones with Gemma 4.
@@ -90,6 +95,7 @@ TOGETHER: dict[int, dict[str, frozenset[str]]] = {
         "newbie": frozenset({"GEMMA_3_4B", "JINA_CLIP_2"}),
         "ace": frozenset({"QWEN3_06B", "QWEN3_2B", "QWEN3_4B"}),
         "ltxv": _LTX2_GEMMAS | {PROJECTION},
+        HUNYUAN_DIT: frozenset({BERT, MT5}),
     },
     3: {"sd3": _T5_CLIPS},
     4: {"hidream": _T5_CLIPS | {"LLAMA3_8"}},
@@ -102,7 +108,7 @@ def clip_types() -> list[str]:
 
 
 def _pair_types() -> list[str]:
-    return _types_of("DualCLIPLoader")
+    return [*_types_of("DualCLIPLoader"), HUNYUAN_DIT]
 
 
 def _types_of(loader: str) -> list[str]:
@@ -112,18 +118,21 @@ def _types_of(loader: str) -> list[str]:
 
 def detect_kind(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """The kind of a text encoder by its tensors' names and shapes; None when this ComfyUI knows none."""
+    for name, kind in ((MUSIC_TENSOR, MUSIC), (BERT_TENSOR, BERT)):
+        if name in shapes:
+            return kind
     try:
         found = comfy.sd.detect_te_model(
             {name: SimpleNamespace(shape=shape) for name, shape in shapes.items()}
         )
     except LookupError:  # it looks at tensors and dimensions that a damaged file does not have
         return None
-    if MUSIC_TENSOR in shapes:
-        return MUSIC
     if found is None:
         return PROJECTION if projection_names(shapes) else None
-    is_umt5 = shapes.get("shared.weight", ())[:1] == (UMT5_ROWS,)
-    return f"UM{found.name}" if is_umt5 else found.name
+    rows = shapes.get("shared.weight", ())[:1]
+    if rows == (MT5_ROWS,) and found.name == "T5_XL":
+        return MT5
+    return f"UM{found.name}" if rows == (UMT5_ROWS,) else found.name
 
 
 def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None:

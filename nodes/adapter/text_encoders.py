@@ -30,6 +30,7 @@ from ...quant_backends.readers.text_encoder_tables import DIRECT_TENSORS
 from ...quant_backends.readers.tokenizers import needed_tokenizer, tokenizer_tensor
 from .compat import supported_arguments
 from .core_errors import refused_as, summary
+from .hunyuan_dit import build_hunyuan_dit
 from .layout import pack
 from .mmproj import choose_mmproj, guard_missing_vision
 from .operations import build_operations
@@ -37,7 +38,7 @@ from .packed_module import LoadSettings, set_compute_dtype
 from .patcher import adopt
 from .provenance import note_sources, with_recipe
 from .quantize_on_load import AS_IN_FILE, quantize_tensors
-from .text_encoder_kinds import PROJECTION, check_kinds, detect_kind
+from .text_encoder_kinds import BERT, MT5, PROJECTION, check_kinds, detect_kind
 
 logger = logging.getLogger("snug")
 
@@ -164,7 +165,7 @@ def _open(path: str) -> _Encoder:
 def _is_for_core(encoder: _Encoder) -> bool:
     """Whether ComfyUI's own loader takes the file: plain, or quantized by ComfyUI for a kind that it looks for."""
     file = encoder.file
-    if isinstance(file, TextEncoderGGUF):
+    if isinstance(file, TextEncoderGGUF) or encoder.kind in (BERT, MT5):
         return False
     if file.convention.core:
         return _core_reads_layers() and encoder.kind not in UNSCALED_BY_CORE
@@ -289,6 +290,8 @@ def _build(
         "initial_device": torch.device("cpu"),
     }
     with _errors_named(encoders):
+        if clip_type is comfy.sd.CLIPType.HUNYUAN_DIT:
+            return build_hunyuan_dit(state_dicts, model_options, disable_dynamic)
         return load(
             state_dicts,
             embedding_directory=folder_paths.get_folder_paths("embeddings"),
