@@ -55,7 +55,8 @@ class SnugFastMatmul(io.ComfyNode):
                     default=True,
                     tooltip=(
                         "On: the rounded weights are kept in memory that is free, 1 byte a weight, and given back when "
-                        "ComfyUI needs it. Off: they are made anew in each call, which pays for large images only."
+                        "ComfyUI needs it. Off: they are made anew in each call, which pays for large images (with "
+                        "Triton, from 512 x 512 on)."
                     ),
                 ),
                 Calibration.Input(

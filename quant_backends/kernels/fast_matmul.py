@@ -35,7 +35,7 @@ WIDTHS = (256, 64, 16, 4)
 _GPU_FLOP_PER_BYTE, _CPU_FLOP_PER_BYTE = 160, 16
 # Bytes moved for each weight to decode it once more than the exact way does, rotate and round it. By one kernel it is
 # what could be moved in the time of its 40 to 54 instructions, less what the exact way's decoding moves: 4 to 6 where
-# memory is fastest (compute capability 9.0; benchmarks/kernel_code.py), fewer elsewhere.
+# memory is fastest (compute capability 9.0, Triton 3.9; benchmarks/kernel_code.py), fewer elsewhere.
 _ROUNDING_BYTES, _ONE_PASS_BYTES = 24, 6
 # The part of a matmul's time that 8 bits save.
 _SAVED = 0.5

@@ -9,8 +9,10 @@ from random_packed import random_packed
 from snug.quant_backends.formats import FORMATS
 from snug.quant_backends.kernels import dispatch
 from snug.quant_backends.kernels.dequantize import dequantize_packed
+from snug.quant_backends.kernels.fast_matmul import FLOAT8, INT8, round_weight
 from snug.quant_backends.kernels.linear import linear
 from snug.quant_backends.kernels.low_rank import decode_merged
+from snug.quant_backends.kernels.rounding import rounded_tokens
 
 pytestmark = needs_kernels
 NAMES = [name for name, fmt in FORMATS.items() if fmt.dtype is None]
@@ -41,7 +43,11 @@ def test_no_kernel_is_given_up(name: str, dtype: torch.dtype, monkeypatch: pytes
         for tokens in (1, 8):
             linear(torch.randn(tokens, 512, device=DEVICE, dtype=dtype), packed)
         decode_merged(packed, down / 64, up, dtype)
+        for stored, width in ((INT8, 256), (FLOAT8, 1)):
+            round_weight(packed, stored, dtype)
+            rounded_tokens(torch.randn(8, 512, device=DEVICE, dtype=dtype), stored, width)
     assert not dispatch._fails
     kinds = {key[0] for key in dispatch._proven}
-    assert kinds == {"dequantize", "linear", "dequantize with a LoRA"}
-    assert len(dispatch._proven) == 4  # products of few rows and of more are kernels of their own
+    assert kinds == {"dequantize", "linear", "dequantize with a LoRA", "round"}
+    # Kernels of their own: products of few rows and of more; rounding to int8 and to float8, weights and inputs.
+    assert len(dispatch._proven) == 4 + 4

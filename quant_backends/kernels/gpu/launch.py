@@ -110,7 +110,10 @@ def _product_plan(found: Constants, tokens: int, bias: bool, device: torch.devic
 
 @functools.lru_cache(maxsize=4096)
 def _rounding_plan(found: Constants) -> Plan:
-    """A row as one tile or, where that is less, as two: half of its power of two, and what is left."""
+    """A row as one tile or, where that is less, as two: half of its power of two, and what is left.
+
+    Both are whole runs of weights that share a scale, of which the longest have 256.
+    """
     whole = max(_power_of_two(found.columns), found.step, 16)
     columns, rest = whole // 2, _power_of_two(max(found.columns - whole // 2, found.step, 256))
     if columns < rest or columns + rest == whole:

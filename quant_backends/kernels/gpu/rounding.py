@@ -32,7 +32,7 @@ def _tile(
     else:
         values = weight_tile(
             data, part0, part1, part2, part3, part4, row, valid, first, columns, extent,
-            FAMILY, KIND, A, B, C, D, min(RUN, COLUMNS), ROWS, COLUMNS,
+            FAMILY, KIND, A, B, C, D, RUN, ROWS, COLUMNS,
         )  # fmt: skip
     if WIDTH > 1:
         values = rotated(values, ROWS, COLUMNS, WIDTH)
