@@ -5,13 +5,15 @@
 Bits per weight are those of the layers that are quantized, scales included. The error of weights is relative (L2
 norms), over those of tiny Flux, SD3 and SDXL models: random numbers with the shapes of real layers. The error of
 outputs is that of one step of each model, for a prompt of random numbers. Neither tells how a real model fares, but how
-formats compare. Weights are decoded to bfloat16, as a model uses them. Layers that are kept by default stay as they
-are, as do those whose rows a format cannot hold.
+formats compare. Weights are decoded to bfloat16, as a model uses them. Targets that round the inputs of layers as well
+run as the loaded layers do: inputs rounded, products of the codes, and the decoded weight where there are too few rows.
+The static ones are calibrated with other prompts, latents and noise levels than they are measured with. Layers that are
+kept by default stay as they are, as do those whose rows a format cannot hold.
 
 Seconds of the processor (on one thread: others on the machine do not change them) and memory are for one weight in
 bfloat16; memory is the most that the process grew by, the result included. The library is the one that a target is
 named after (ggml: the gguf package, or libgguf for the types that gguf does not write), on the same weight in the same
-run. Needs a ComfyUI in $SNUG_COMFYUI_PATH, which `eval "$(python scripts/bootstrap.py --print-env)"` sets.
+run; for targets that round inputs, encoding the weights alone. Needs a ComfyUI in $SNUG_COMFYUI_PATH, which `eval "$(python scripts/bootstrap.py --print-env)"` sets.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,13 +47,36 @@ register_snug()
 
 from snug.quant_backends.core.errors import SnugError  # noqa: E402
 from snug.quant_backends.core.packed import PackedTensor  # noqa: E402
+from snug.quant_backends.formats.outlier_products import WEIGHT as LLM_INT8_WEIGHT  # noqa: E402
+from snug.quant_backends.formats.scaled import ScaledFormat, scaled_format  # noqa: E402
 from snug.quant_backends.kernels.dequantize import dequantize_packed  # noqa: E402
-from snug.quant_backends.quantization import LayerInfo, Recipe, Target, make_recipe, targets  # noqa: E402
+from snug.quant_backends.kernels.eight_bit import PRODUCTS  # noqa: E402
+from snug.quant_backends.kernels.linear import linear  # noqa: E402
+from snug.quant_backends.quantization import (  # noqa: E402
+    LayerInfo,
+    Recipe,
+    Target,
+    make_recipe,
+    product_targets,
+    targets,
+)
+from snug.quant_backends.quantization.calibration import LayerStatistics  # noqa: E402
+from snug.quant_backends.quantization.recording import Recorder  # noqa: E402
 from snug.quant_backends.registry import BACKENDS  # noqa: E402
 
 FAMILIES = ("flux", "sd3", "sdxl")
 SEEDS = (7,)
+CALIBRATION_SEEDS = (1, 2, 3, 4)
+# Of the latents: the least with which no layer of a block has too few rows to have its input rounded.
+LATENT = 32
 WEIGHT = (1024, 2048)
+# How libraries store the weights of formats whose layers round their inputs as well, where they do as we.
+STORED_AS: dict[str, ScaledFormat] = {
+    "product-int8-scb-6": LLM_INT8_WEIGHT,
+    "product-int8-dynamic": scaled_format("int8-rows"),
+    "product-float8_e4m3fn-dynamic": scaled_format("float8_e4m3fn-tensor"),
+    "product-float8_e4m3fn-static": scaled_format("float8_e4m3fn-tensor"),
+}
 STATUS = Path("/proc/self/status")
 
 
@@ -75,6 +100,13 @@ class Row:
     library_name: str = ""
 
 
+def calibration(model: TinyNetwork) -> dict[str, LayerStatistics]:
+    """What reaches the layers for other seeds than the measured ones."""
+    with Recorder(model.network) as recorder:
+        model.outputs(CALIBRATION_SEEDS)
+    return dict(recorder.calibration(samples=len(CALIBRATION_SEEDS)).layers)
+
+
 def measure(encode: Callable[[], PackedTensor], weight: torch.Tensor) -> Cost:
     memory = _peak_growth(encode)  # which warms up as well
     start = time.process_time()
@@ -83,9 +115,25 @@ def measure(encode: Callable[[], PackedTensor], weight: torch.Tensor) -> Cost:
     return Cost(seconds, memory, _relative(dequantize_packed(packed), weight))
 
 
+def encoder(target: Target, fmt: Any, weight: torch.Tensor) -> Callable[[], PackedTensor]:
+    """What encodes the weight as the target does; inputs for its calibration are random numbers with some outliers."""
+    calibrated = target.calibrated
+    if calibrated is None:
+        return lambda: target.encode(weight, fmt, None)
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(256, weight.shape[1], generator=generator)
+    inputs[:, ::256] *= 20
+    layer = torch.nn.Linear(weight.shape[1], 1)
+    with torch.no_grad(), Recorder(layer) as recorder:
+        layer(inputs)
+    (statistics,) = recorder.calibration().layers.values()
+    return lambda: calibrated(weight, fmt, statistics)
+
+
 def library_of(target: Target, layer: LayerInfo, weight: torch.Tensor) -> tuple[str, Cost] | None:
     """(its name, what it costs there); None where no library is installed that writes the format."""
     fmt, backend = target.format_for(layer), BACKENDS[target.backend]
+    fmt = STORED_AS.get(fmt.name, fmt) if fmt is not None else None
     if fmt is None or backend.package is None:
         return None
     try:
@@ -107,7 +155,7 @@ def errors_of(model: TinyNetwork, recipes: dict[str, Recipe], rows: dict[str, Ro
     layers = [
         LayerInfo(name, tuple(weight.shape), dtype=torch.bfloat16) for name, weight in model.dense.items()
     ]
-    made: dict[tuple[Any, str, str], tuple[torch.Tensor, int]] = {}
+    made: dict[tuple[Any, str, str], tuple[torch.Tensor, PackedTensor]] = {}
     for name, recipe in recipes.items():
         error = size = 0.0
         nbytes = weights = 0
@@ -119,12 +167,15 @@ def errors_of(model: TinyNetwork, recipes: dict[str, Recipe], rows: dict[str, Ro
             if key not in made:
                 packed = recipe.quantize(layer, dense)
                 assert packed is not None  # fmt is not
-                made[key] = dequantize_packed(packed, torch.bfloat16), packed.nbytes
-            rounded, count = made[key]
-            model.put(layer.name, rounded.float())
+                made[key] = dequantize_packed(packed, torch.bfloat16), packed
+            rounded, packed = made[key]
+            if isinstance(packed.format, PRODUCTS):
+                model.put_forward(layer.name, lambda x, bias, packed=packed: linear(x, packed, bias))
+            else:
+                model.put(layer.name, rounded.float())
             error += (rounded.float() - dense).square().sum().item()
             size += dense.square().sum().item()
-            nbytes, weights = nbytes + count, weights + layer.weights
+            nbytes, weights = nbytes + packed.nbytes, weights + layer.weights
         row = rows[name]
         row.output_errors[model.family] = model.error(exact, SEEDS)
         model.restore()
@@ -146,7 +197,9 @@ def main() -> None:
     use_comfyui(options.comfyui)
     torch.set_num_threads(1)
     accept_narrow_models()
-    chosen = {n: t for n, t in targets().items() if not t.unavailable and options.only in n}
+    every = {**targets(), **product_targets()}
+    missing = {name: target.unavailable for name, target in every.items() if target.unavailable}
+    chosen = {n: t for n, t in every.items() if n not in missing and options.only in n}
     rows = {name: Row(name) for name in chosen}
 
     weight = torch.randn(WEIGHT, generator=torch.Generator().manual_seed(0)).bfloat16() / WEIGHT[1] ** 0.5
@@ -155,23 +208,37 @@ def main() -> None:
         fmt = target.format_for(layer)
         if fmt is None:
             continue
-        rows[name].own = measure(lambda t=target, f=fmt: t.encode(weight, f, None), weight)
+        rows[name].own = measure(encoder(target, fmt, weight), weight)
         found = library_of(target, layer, weight)
         if found is not None:
             rows[name].library_name, rows[name].library = found
         print(f"encoded: {name}", file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for family in FAMILIES:
-            model = TinyNetwork(family, Path(folder))
+            model = TinyNetwork(family, Path(folder), LATENT)
+            statistics = calibration(model)
             layers = [LayerInfo(n, tuple(w.shape)) for n, w in model.dense.items()]
             names = list(model.network.state_dict())
-            errors_of(model, {n: make_recipe(t, layers, names) for n, t in chosen.items()}, rows)
+            recipes = {
+                name: make_recipe(
+                    target, layers, names, statistics=statistics if target.calibrated is not None else None
+                )
+                for name, target in chosen.items()
+            }
+            errors_of(model, recipes, rows)
 
     facts = environment("gguf", "bitsandbytes", "torchao", "optimum-quanto")
-    text = f"{heading('Formats', command, facts)}\n{_table(rows)}\n\n{_explanation()}\n"
+    text = f"{heading('Formats', command, facts)}\n{_table(rows)}\n\n{_explanation(missing)}\n"
     print(text)
     save(
-        options, text, {"command": command, "environment": facts, "rows": [asdict(r) for r in rows.values()]}
+        options,
+        text,
+        {
+            "command": command,
+            "environment": facts,
+            "rows": [asdict(r) for r in rows.values()],
+            "unavailable": missing,
+        },
     )
 
 
@@ -187,21 +254,24 @@ def _table(rows: dict[str, Row]) -> str:
                 f"{row.bits:.2f}",
                 f"{row.weight_error:.4f}",
                 *(f"{row.output_errors[family]:.4f}" for family in FAMILIES),
-                *((f"{own.seconds:.2f}", f"{own.memory / 2**20:.0f}") if own else ("–", "–")),
+                *((f"{own.seconds:.3f}", f"{own.memory / 2**20:.0f}") if own else ("–", "–")),
                 row.library_name or "–",
                 f"{other.error / own.error:.3f}" if own and other and own.error else "–",
-                *((f"{other.seconds:.2f}", f"{other.memory / 2**20:.0f}") if other else ("–", "–")),
+                *((f"{other.seconds:.3f}", f"{other.memory / 2**20:.0f}") if other else ("–", "–")),
             ]
         )
     return table(header, lines)
 
 
-def _explanation() -> str:
+def _explanation(missing: Mapping[str, str]) -> str:
+    left_out = "".join(f"\n- {name}: {reason}" for name, reason in missing.items())
     size = 2 * math.prod(WEIGHT) / 2**20
     return (
         f"Seconds of the processor, MB and the ratio of errors are of one weight of {WEIGHT[0]} x {WEIGHT[1]} "
         f"({size:.0f} MB in bfloat16); the rest is of the linear layers of tiny models that are quantized by default, "
-        "decoded to bfloat16. For mixes (_S, _M, _L) they are those of the format that the mix gives to this weight."
+        "decoded to bfloat16. For mixes (_S, _M, _L) they are those of the format that the mix gives to this weight. "
+        "INT8 and FP8 dynamic and static and LLM.int8 round the inputs of layers as well: their errors of outputs have "
+        f"both in them.\n\nTargets that cannot be chosen here:\n{left_out}"
     )
 
 

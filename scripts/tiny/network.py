@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,14 +19,14 @@ class TinyNetwork:
     """Of a family in PROMPTS, in float32. network: the module. linears: its linear layers; dense: their weights.
 
     Writes the model's file into `folder`. Needs ComfyUI on `sys.path` and, for Flux, its head counts relaxed (see
-    `Family.needs_test_node`).
+    `Family.needs_test_node`). latent: width and height of what it denoises.
     """
 
-    def __init__(self, family: str, folder: Path) -> None:
+    def __init__(self, family: str, folder: Path, latent: int = 8) -> None:
         path = folder / f"{family}.safetensors"
         make_tiny_model(family, path)
         load = importlib.import_module("comfy.sd").load_diffusion_model
-        self.family = family
+        self.family, self.latent = family, latent
         self.patcher = load(str(path), model_options={"dtype": torch.float32})
         self.network: torch.nn.Module = self.patcher.model.diffusion_model
         self.linears = {
@@ -38,9 +38,17 @@ class TinyNetwork:
         """Another weight into a linear layer."""
         self.linears[name].weight.data = weight
 
+    def put_forward(
+        self, name: str, forward: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+    ) -> None:
+        """Another way to calculate a linear layer, of its input and its bias."""
+        layer = self.linears[name]
+        layer.__dict__["forward"] = lambda x: forward(x, layer.bias)
+
     def restore(self) -> None:
-        """The weights that the model came with."""
+        """The weights that the model came with, and its own way to calculate with them."""
         for name, weight in self.dense.items():
+            self.linears[name].__dict__.pop("forward", None)
             self.put(name, weight)
 
     def outputs(self, seeds: Sequence[int]) -> list[torch.Tensor]:
@@ -58,7 +66,9 @@ class TinyNetwork:
         generator = torch.Generator().manual_seed(seed)
         model, (width, pooled) = self.patcher.model, PROMPTS[self.family]
         frames = (1,) if self.family == "wan" else ()
-        latent = torch.randn(1, model.latent_format.latent_channels, *frames, 8, 8, generator=generator)
+        latent = torch.randn(
+            1, model.latent_format.latent_channels, *frames, *2 * (self.latent,), generator=generator
+        )
         extra = {"y": torch.randn(1, pooled, generator=generator)} if pooled else {}
         if self.family == "flux":
             extra["guidance"] = torch.tensor([3.5])
