@@ -7,13 +7,14 @@ norms), over those of tiny Flux, SD3 and SDXL models: random numbers with the sh
 outputs is that of one step of each model, for a prompt of random numbers. Neither tells how a real model fares, but how
 formats compare. Weights are decoded to bfloat16, as a model uses them. Targets that round the inputs of layers as well
 run as the loaded layers do: inputs rounded, products of the codes, and the decoded weight where there are too few rows.
-The static ones are calibrated with other prompts, latents and noise levels than they are measured with. Layers that are
+The static ones are calibrated with other prompts and latents than they are measured with. Layers that are
 kept by default stay as they are, as do those whose rows a format cannot hold.
 
 Seconds of the processor (on one thread: others on the machine do not change them) and memory are for one weight in
 bfloat16; memory is the most that the process grew by, the result included. The library is the one that a target is
 named after (ggml: the gguf package, or libgguf for the types that gguf does not write), on the same weight in the same
-run; for targets that round inputs, encoding the weights alone. Needs a ComfyUI in $SNUG_COMFYUI_PATH, which `eval "$(python scripts/bootstrap.py --print-env)"` sets.
+run; for targets that round inputs, encoding the weights alone. Needs a ComfyUI in $SNUG_COMFYUI_PATH, which
+`eval "$(python scripts/bootstrap.py --print-env)"` sets.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 
 from .encoding import half_bytes
+from .level_blocks import refit_level_blocks
 from .search import Affine, Nearest, Symmetric, fit_affine, fit_symmetric
 
 Importance: TypeAlias = "torch.Tensor | None"
@@ -29,6 +30,7 @@ def encode_q2_k(values: torch.Tensor, importance: Importance) -> torch.Tensor:
 
 def encode_q3_k(values: torch.Tensor, importance: Importance) -> torch.Tensor:
     found = fit_symmetric(values, importance, 16, _integers(-4, 3), (-32, 31), _around(-4.0, 1.4, 15))
+    found = refit_level_blocks(found, values, importance, 16, (-4, 3), (-32, 31))
     codes = (found.levels + 4).to(torch.uint8)
     mask = _pack_bits(codes >> 2)
     scales = (found.scales + 32).to(torch.uint8)

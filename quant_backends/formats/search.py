@@ -20,7 +20,7 @@ from .encoding import inverse
 
 # More than any block can hold: a float16 scale times the largest codes is below 3e8.
 _LARGEST = 1e9
-_LEAST_IMPORTANCE = 1e-6  # of the largest; channels that were never active still get sensible codes
+LEAST_IMPORTANCE = 1e-6  # of the largest; channels that were never active still get sensible codes
 _EQUAL = 1e-6  # of a gain; rounding makes as much of a difference
 _UNITS = 12  # candidates for what the scales of a block are multiples of
 _SINGULAR = 3e-6  # below this part of their product, the difference of two sums is what rounding left
@@ -77,7 +77,7 @@ class _SubBlocks:
         # What is no number counts as zero; what is too large is as large as possible.
         self.x = _across(values, size).nan_to_num_(0.0, _LARGEST, -_LARGEST).clamp_(-_LARGEST, _LARGEST)
         self.shape = (values.shape[0], values.shape[1] // size)
-        self.w = None if importance is None else _across(importance, size).clamp_(min=_LEAST_IMPORTANCE)
+        self.w = None if importance is None else _across(importance, size).clamp_(min=LEAST_IMPORTANCE)
         self.wx = self.x if self.w is None else self.w * self.x
         self.total = torch.full_like(self.x[0], size) if self.w is None else self.w.sum(0)
         self.sum_x = self.wx.sum(0)
@@ -163,10 +163,10 @@ def fit_symmetric(
     gain = (found[1].square() / found[2]).nan_to_num_(0.0, 0.0, 0.0)
     single = scale_range[0] == scale_range[1]  # then d is the scale itself, and a float16 number
     free = found[1] * inverse(found[2])
-    lost = (_half(free) - free).square_().mul_(found[2]) if single else None
+    lost = (half(free) - free).square_().mul_(found[2]) if single else None
     sums = blocks.sums(_pick(found, _best(gain, lost)))
     scale = sums.product * inverse(sums.square)
-    d = _half(scale / scale_range[0]) if single else _unit(scale, sums.square, scale_range)
+    d = half(scale / scale_range[0]) if single else _unit(scale, sums.square, scale_range)
     scales = scale
     for fit in range(rounds):
         if fit:
@@ -192,7 +192,7 @@ def _unit(numbers: torch.Tensor, weights: torch.Tensor, bounds: tuple[int, int])
     stride = round(end / 32) or 1
     largest = numbers.gather(1, numbers.abs().argmax(1, keepdim=True))
     ends = torch.tensor([float(end - stride * number) for number in range(_UNITS)], device=numbers.device)
-    tried = _half(largest / ends).unsqueeze(2)
+    tried = half(largest / ends).unsqueeze(2)
     steps = (numbers.unsqueeze(1) * inverse(tried)).round_().clamp_(*bounds).mul_(tried)
     error = steps.sub_(numbers.unsqueeze(1)).square_().mul_(weights.unsqueeze(1)).sum(2)
     return tried.squeeze(2).gather(1, error.nan_to_num_(0.0, 0.0, 0.0).argmin(1, keepdim=True))
@@ -283,13 +283,13 @@ def _fit_units(
     b = _dot(scales * minima, sums.code)
     right, below = _dot(scales, sums.product), _dot(minima, sums.x)
     determinant = a * c - b * b
-    new_d = _half((c * right - b * below) / determinant)
-    new_dmin = _half((b * right - a * below) / determinant)
+    new_d = half((c * right - b * below) / determinant)
+    new_dmin = half((b * right - a * below) / determinant)
     usable = (determinant > _SINGULAR * a * c) & (new_d > 0) & (new_dmin >= 0)
-    alone = _half((right + dmin * b) / a)
+    alone = half((right + dmin * b) / a)
     d = torch.where(alone > 0, alone, d)
     # Where all codes are zero the minima are all there is.
-    dmin = torch.where(a > 0, dmin, _half((-below / c).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0)))
+    dmin = torch.where(a > 0, dmin, half((-below / c).nan_to_num_(0.0, 0.0, 0.0).clamp_(min=0)))
     return torch.where(usable, new_d, d), torch.where(usable, new_dmin, dmin)
 
 
@@ -314,7 +314,7 @@ def _pick(found: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
     return found.gather(1, best.expand(len(found), 1, -1)).squeeze(1)
 
 
-def _half(numbers: torch.Tensor) -> torch.Tensor:
+def half(numbers: torch.Tensor) -> torch.Tensor:
     """Rounded to float16 and back; what is too large or too small for it becomes the last number that is not."""
     rounded = numbers.clamp(-_LARGEST_HALF, _LARGEST_HALF).half().float()
     return torch.where((rounded == 0) & (numbers != 0), numbers.sign() * _LEAST_HALF, rounded)

@@ -116,6 +116,7 @@ def _constant_cases() -> dict[str, torch.Tensor]:
         "negative sub-blocks of 32": -large.abs(),
         "nearly equal rows": rows * (1 + 1e-4 * noise),
         "rather equal rows": rows * (1 + 1e-3 * noise),
+        "still equal rows": rows * (1 + 1e-2 * noise),
         "nearly equal sub-blocks": large * (1 + 1e-3 * noise),
     }
 
@@ -213,6 +214,11 @@ def test_zeros_are_exact(name: str) -> None:
 def test_every_row_by_itself(name: str) -> None:
     """Chunks and neighbours change nothing."""
     fmt, weights = FORMATS[name], CASES["heavy tails"]
+    level = CONSTANT_CASES["still equal rows"]
+    mixed = torch.stack([level, weights], 1).view(-1, COLUMNS)
+    alone = quantize(level[7:8], fmt, IMPORTANCE)
+    assert torch.equal(quantize(level, fmt, IMPORTANCE)[7:8], alone)
+    assert torch.equal(quantize(mixed, fmt, IMPORTANCE)[14:15], alone)
     packed = quantize(weights.repeat(5, 1), fmt)
     assert torch.equal(packed, quantize(weights, fmt).repeat(5, 1))
     assert torch.equal(quantize(weights[7:8].bfloat16(), fmt), quantize(weights[7:8].bfloat16().float(), fmt))
