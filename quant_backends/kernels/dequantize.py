@@ -7,7 +7,7 @@ intermediate values stay in the processor's cache and scratch memory stays small
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -202,20 +202,46 @@ def encode(values: torch.Tensor, encoder: RowEncoder, importance: torch.Tensor |
     together = encoder.rows_together(columns)
     step = max(1, _encoded_at_once(values.device, ENCODER_COST) // max(1, columns) // together) * together
     shared = encoder.begin(matrix)
-    chunks: dict[int, Tensors] = dict.fromkeys(range(0, rows, step), {})
-
-    def encode_chunk(start: int) -> None:
-        chunks[start] = encoder.encode(matrix[start : start + step], importance, shared)
-
-    share(encode_chunk, list(chunks), step * columns, values.device)
-    first, *others = chunks.values()
-    joined = {
-        name: torch.cat([part, *(chunk[name] for chunk in others)]) if others else part
-        for name, part in first.items()
-    }
+    joined = _encoded_rows(
+        lambda start: encoder.encode(matrix[start : start + step], importance, shared),
+        range(0, rows, step),
+        step * columns,
+        values.device,
+    )
     joined = encoder.finish(joined | shared)
     data = joined.pop(DATA)
     return PackedTensor(data.view(shape) if data.numel() == values.numel() else data, fmt, shape, joined)
+
+
+def _encoded_rows(
+    encode_rows: Callable[[int], Tensors], starts: range, weights: int, device: torch.device
+) -> Tensors:
+    """Tensors of all rows from those of chunks, which begin at `starts` and have so many weights.
+
+    Each goes to its place at once: kept until all are there, they would lie between the freed memory of intermediates.
+    """
+    ends: dict[int, Tensors] = {}
+    share(
+        lambda start: ends.update({start: encode_rows(start)}),
+        sorted({starts[0], starts[-1]}),
+        weights,
+        device,
+    )
+    first, last = ends[starts[0]], ends[starts[-1]]
+    if len(starts) == 1:
+        return first
+    joined = {
+        name: part.new_empty((len(part) * (len(starts) - 1) + len(last[name]), *part.shape[1:]))
+        for name, part in first.items()
+    }
+
+    def put(start: int) -> None:
+        for name, part in (ends.get(start) or encode_rows(start)).items():
+            place = starts.index(start) * len(first[name])
+            joined[name][place : place + len(part)].copy_(part)
+
+    share(put, starts, weights, device)
+    return joined
 
 
 def _output(
