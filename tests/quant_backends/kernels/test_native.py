@@ -57,13 +57,21 @@ def test_equal_to_torch_and_to_the_gguf_package_bit_for_bit(
     assert_same_floats(found, fmt.dequantize_blocks(blocks).numpy())
 
 
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
 @installed
+@pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("blocks_in_all", [1, 2, 3, 4, 7, 64, 65])
 def test_threads_share_a_tensor_of_any_length(
     blocks_in_all: int, random_blocks: RandomBlocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "PART", 32)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     fmt = FORMATS["Q8_0"]
     blocks = random_blocks(fmt, blocks_in_all)
     library = importlib.import_module(native.PACKAGE)
