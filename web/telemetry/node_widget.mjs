@@ -8,7 +8,8 @@ import { h, set, setText } from "../dom.mjs";
 import { latest } from "./state.mjs";
 import { watchVisible } from "./visible.mjs";
 
-/** Pixels; classic nodes leave the margin around the element. */
+/** Pixels; classic nodes leave the margin around the element. The width has room for the device and its numbers. */
+const WIDTH = 280;
 const HEIGHT = 72;
 const MARGIN = 10;
 const LONGEST_NAME = 32;
@@ -50,7 +51,7 @@ export function addMonitorWidget(node, queue, client, store) {
   const heading = h("div", { class: "snug-row" }, h("span", {}), h("span", { class: "snug-use" }));
   const [title, use] = [...heading.children];
   const bar = makeBar();
-  const peak = h("div", { class: "snug-faint snug-peak-name" }, "The peak appears here when the workflow runs.");
+  const peak = h("div", { class: "snug-faint snug-peak-name" }, "The peak appears here.");
   const element = h(
     "div",
     { class: "snug-node snug-monitor", "data-snug": "monitor", style: `min-height: ${HEIGHT}px` },
@@ -65,6 +66,9 @@ export function addMonitorWidget(node, queue, client, store) {
     getMaxHeight: () => HEIGHT + 2 * MARGIN,
   });
   widget.serialize = false; // nor a value in the saved workflow
+  // The classic page does not make room for it in a new node; a saved one gets its own size afterwards.
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(width, WIDTH), height]);
 
   /** @type {(() => void) | undefined} */ let release;
   /** @type {(() => void) | undefined} */ let unsubscribe;

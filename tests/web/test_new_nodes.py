@@ -1,4 +1,4 @@
-"""A combo of files for which there are none yet, from the page's side."""
+"""Nodes as they are when somebody has just added them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,25 @@ ADD = """() => {
 CHOSEN = "() => window.app.graph.nodes.find(node => node.type === 'SnugLoadCalibration').widgets[0].value"
 
 
-def test_says_where_files_belong_and_takes_the_first(
+# The size of a new node, and the least that its widgets need, before the page has drawn it.
+SIZES = """type => {
+    const { graph } = window.app;
+    graph.clear();
+    const node = LiteGraph.createNode(type);
+    graph.add(node);
+    return [...node.size, ...node.computeSize()];
+}"""
+
+
+def test_there_is_room_for_what_they_show(open_page: Callable[..., ComfyPage]) -> None:
+    """Otherwise it hangs out of the node until the page draws it again."""
+    page = open_page("dark", "classic").page
+    for node in ("SnugVRAMMonitor", "SnugCompareImages", "SnugBlindTest"):
+        width, height, least_width, least_height = page.evaluate(SIZES, node)
+        assert width >= least_width and height >= least_height, node
+
+
+def test_a_combo_without_files_says_where_they_belong_and_takes_the_first(
     open_page: Callable[..., ComfyPage], page_server: ComfyServer
 ) -> None:
     folder = page_server.base / "models" / "snug_calibrations"
