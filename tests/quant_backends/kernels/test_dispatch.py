@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from random_packed import random_packed
 from snug.quant_backends.formats import FORMATS
-from snug.quant_backends.kernels import dispatch
+from snug.quant_backends.kernels import device_products, dispatch
 from snug.quant_backends.kernels.dequantize import dequantize_packed, quantize_packed
 from snug.quant_backends.kernels.dispatch import TORCH
 from snug.quant_backends.kernels.gpu import operands
@@ -108,6 +108,18 @@ def test_bytes_that_torch_cannot_view_as_words_are_read_one_by_one() -> None:
     moved = type(packed)(data, packed.format, (4, 8), packed.parts)
     assert operands.tensors(moved, found) is None
     assert dequantize_packed(moved).shape == (4, 8)
+
+
+@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn"])
+def test_trying_a_devices_product_asks_for_no_kernel_on_the_cpu(stored: str) -> None:
+    """The trial may be made while tests force the GPU's kernels, and what is right is worked out on the CPU."""
+
+    def nothing(x: torch.Tensor, codes: torch.Tensor, *_: Any) -> torch.Tensor:
+        return x.new_zeros(len(x), len(codes))
+
+    with dispatch.using(dispatch.TRITON):
+        problem = device_products._problem(nothing, torch.device("cpu"), torch.float32, stored, 1)
+    assert problem is not None and problem == "an error of 100.0%"
 
 
 def _refuse(*_: object) -> None:
