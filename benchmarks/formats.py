@@ -7,8 +7,8 @@ norms), over those of tiny Flux, SD3 and SDXL models: random numbers with the sh
 outputs is that of one step of each model, for a prompt of random numbers. Neither tells how a real model fares, but how
 formats compare. Weights are decoded to bfloat16, as a model uses them. Targets that round the inputs of layers as well
 run as the loaded layers do: inputs rounded, products of the codes, and the decoded weight where there are too few rows.
-The static ones are calibrated with other prompts and latents than they are measured with. Layers that are
-kept by default stay as they are, as do those whose rows a format cannot hold.
+The static ones are calibrated with other prompts and latents than they are measured with. Layers that are kept by
+default stay as they are, as do those whose rows a format cannot hold.
 
 Seconds of the processor (on one thread: others on the machine do not change them) and memory are for one weight in
 bfloat16; memory is the most that the process grew by, the result included. The library is the one that a target is
@@ -68,7 +68,7 @@ from snug.quant_backends.registry import BACKENDS  # noqa: E402
 FAMILIES = ("flux", "sd3", "sdxl")
 SEEDS = (7,)
 CALIBRATION_SEEDS = (1, 2, 3, 4)
-# Of the latents: the least with which no layer of a block has too few rows to have its input rounded.
+# Of the latents: in smaller ones some layers would have too few rows to have their input rounded.
 LATENT = 32
 WEIGHT = (1024, 2048)
 # How libraries store the weights of formats whose layers round their inputs as well, where they do as we.

@@ -116,9 +116,8 @@ def quantize(values: torch.Tensor, fmt: type[Format], importance: torch.Tensor |
     columns = values.shape[-1] if values.dim() else 1
     blocks = values.reshape(-1, fmt.block_size)
     packed = torch.empty((len(blocks), fmt.block_bytes), dtype=torch.uint8, device=values.device)
-    step = max(
-        1, _encoded_at_once(values.device, SEARCH_COST if fmt.searches else ENCODER_COST) // fmt.block_size
-    )
+    cost = SEARCH_COST if fmt.searches else ENCODER_COST
+    step = max(1, _encoded_at_once(values.device, cost) // fmt.block_size)
 
     def encode_chunk(start: int) -> None:
         chunk = blocks[start : start + step].float()
@@ -200,7 +199,8 @@ def encode(values: torch.Tensor, encoder: RowEncoder, importance: torch.Tensor |
         importance = _scaled_importance(importance, columns, values)
     matrix = values.reshape(rows, columns)
     together = encoder.rows_together(columns)
-    step = max(1, _encoded_at_once(values.device, ENCODER_COST) // max(1, columns) // together) * together
+    cost = ENCODER_COST if values.device.type == "cpu" else 1  # fewer launches
+    step = max(1, _encoded_at_once(values.device, cost) // max(1, columns) // together) * together
     shared = encoder.begin(matrix)
     joined = _encoded_rows(
         lambda start: encoder.encode(matrix[start : start + step], importance, shared),
