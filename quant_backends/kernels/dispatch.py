@@ -176,9 +176,12 @@ def _same_weight(found: torch.Tensor, packed: PackedTensor) -> bool:
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor) -> bool | None:
-    """Whether a result is the expected one, in float32, but for rounding; None where nothing of that is finite."""
+    """Whether a result is the expected one, in float32, but for rounding; None where that tells nothing.
+
+    Only finite numbers do, and zeros alone, which wrong code gives as well, do not.
+    """
     finite = expected.to(found.dtype).isfinite()
-    if not bool(finite.any()):
+    if not bool((finite & (expected != 0)).any()):
         return None
     difference = torch.where(finite, found.float() - expected, 0.0).norm()
     # Where the kernel's is no number, neither is the difference, which is not less than anything then.

@@ -54,15 +54,16 @@ def test_a_product_that_is_no_number_is_told(
     assert any("gave another result than torch" in record.getMessage() for record in caplog.records)
 
 
-def test_what_is_not_finite_proves_nothing(use_kernels: Callable[..., None]) -> None:
+@pytest.mark.parametrize("first", [float("inf"), 0.0])
+def test_what_is_not_finite_or_zero_proves_nothing(first: float, use_kernels: Callable[..., None]) -> None:
     calls: list[torch.Tensor] = []
 
     def wrong_later(found: Any, tensors: Any, x: torch.Tensor, bias: Any, out: torch.Tensor) -> None:
-        calls.append(out.fill_(7))
+        calls.append(out.fill_(7 * x[0, 0]))
 
     use_kernels(linear=wrong_later, dequantize=_refuse)
     weight = ones()
-    linear(torch.full((2, 64), float("inf")), weight)
+    linear(torch.full((2, 64), first), weight)
     assert not dispatch._proven
     assert torch.allclose(linear(torch.ones(2, 64), weight), torch.tensor(64.0), rtol=1e-3)
     assert len(calls) == 2
