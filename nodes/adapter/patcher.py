@@ -327,4 +327,8 @@ def adopt(patcher: Any) -> Any:
     """
     if not isinstance(patcher, PackedPatcher):
         patcher.__class__ = _packed_class(type(patcher))
+    # On the CPU, ComfyUI 0.3.75 counts a text encoder as loaded, and keeps its size, before it has weights.
+    patcher.size = 0
+    if getattr(patcher.model, "model_loaded_weight_memory", 0):
+        patcher.model.model_loaded_weight_memory = patcher.model_size()
     return patcher

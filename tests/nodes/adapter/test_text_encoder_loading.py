@@ -59,6 +59,15 @@ def test_weights_stay_packed_views_of_the_file(t5: Files) -> None:
     assert packed(clip).keys() == modules.keys()
 
 
+def test_sizes_are_those_of_the_packed_weights(t5: Files, comfy: Any) -> None:
+    """ComfyUI 0.3.75 counts an encoder on the CPU before it has weights."""
+    patcher = load_packed(t5[0], "chroma").patcher
+    size = comfy.model_management.module_size(patcher.model)
+    assert 0.9 * t5[0].stat().st_size < size < 1.1 * t5[0].stat().st_size
+    assert patcher.model_size() == size
+    assert patcher.loaded_size() in (0, size)
+
+
 def test_lora(t5: Files, comfy: Any) -> None:
     """The conditioning changes as it does on the dense twin, and the LoRA leaves no trace."""
     generator = torch.Generator().manual_seed(5)
