@@ -153,7 +153,7 @@ def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None
         if types and clip_type not in types:
             raise _wrong_type(path, name, clip_type, types)
         return
-    wanted = TOGETHER[count].get(clip_type)
+    wanted = TOGETHER.get(count, {}).get(clip_type)
     if wanted is not None and count == 2 and clip_type not in _pair_types():
         raise SnugError(
             f"This ComfyUI takes type {clip_type} with one text encoder file only, got 2; update ComfyUI."
@@ -174,6 +174,11 @@ def check_kinds(kinds: Sequence[tuple[str, str | None]], clip_type: str) -> None
         if kind in KINDS and kind not in wanted:
             raise _wrong_type(path, KINDS[kind][0], clip_type, _types_for(kind, count))
     found = [kind for _, kind in kinds]
+    if len(wanted) == count and found[0] in KINDS and len(set(found)) < count:
+        names = " and ".join(KINDS[kind][0] for kind in sorted(wanted))
+        raise SnugError(
+            f"Type {clip_type} takes {names}, got {KINDS[found[0] or ''][0]} twice; choose one of each."
+        )
     if clip_type == "ltxv" and found.count(PROJECTION) != 1:
         raise SnugError(
             f"Type ltxv takes a Gemma and {PROJECTION_NAME}, got {' and '.join(Path(path).name for path, _ in kinds)}; "

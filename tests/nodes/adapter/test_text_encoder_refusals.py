@@ -106,6 +106,22 @@ REFUSED: dict[str, tuple[Make, str, tuple[str, ...]]] = {
         ("Type flux takes 2 text encoder files, got 3",),
     ),
     "two for one": (together(CLIP_L, QWEN), "wan", ("Type wan takes 1 text encoder file, got 2",)),
+    "one kind twice": (
+        together(CLIP_L, dense("other.safetensors", zeros("text_model.encoder.layers.0.mlp.fc1.weight"))),
+        "flux",
+        ("Type flux takes CLIP-L and T5-XXL, got CLIP-L twice; choose one of each",),
+    ),
+    "five files": (
+        together(
+            CLIP_L,
+            *(
+                dense(f"{number}.safetensors", zeros("text_model.encoder.layers.0.mlp.fc1.weight"))
+                for number in range(4)
+            ),
+        ),
+        "hidream",
+        ("Type hidream takes 1 or 2 or 4 text encoder files, got 5",),
+    ),
     "one file twice": (together(CLIP_L, CLIP_L), "flux", ("clip_l.safetensors is chosen twice",)),
     "diffusion model, GGUF": (
         llama_cpp("flux.gguf", FLUX, "flux"),
