@@ -58,7 +58,7 @@ CHOICES = ("GGUF BF16", "GGUF Q8_0", "GGUF Q6_K", "GGUF Q5_K_M", "GGUF Q4_K_M", 
 CARDS = (6, 8, 10, 12, 16, 24)  # GB
 RESERVE = 2.5  # GB for sampling at about a megapixel and for the desktop: an assumption, not a measurement
 # The commit that the results shown in README were made at.
-COMMITS = {"flux-step-cpu": "70cceb3", "loading-memory": "752fa08", "fidelity": "87130c6"}
+COMMITS = {"flux-step-cpu": "182dc8e", "loading-memory": "752fa08", "fidelity": "182dc8e"}
 
 
 def blocks() -> dict[Path, Callable[[], str]]:
@@ -67,7 +67,14 @@ def blocks() -> dict[Path, Callable[[], str]]:
 
 def readme_figures() -> str:
     steps, loading = _result("flux-step-cpu"), _result("loading-memory")
-    header = ("Flux on a CPU", "tokens", "Snug / dense", "ComfyUI-GGUF / dense", "error of the step")
+    header = (
+        "Flux on a CPU",
+        "tokens",
+        "Snug with libgguf / dense",
+        "without / dense",
+        "ComfyUI-GGUF / dense",
+        "error of the step",
+    )
     rows = []
     for case in (steps["cases"][0], steps["cases"][-1]):
         by_loader: dict[str, dict[str, Any]] = {}
@@ -80,6 +87,7 @@ def readme_figures() -> str:
                     name,
                     str(case["tokens"]),
                     f"{own['ratio']:.2f}",
+                    f"{by_loader['torch alone'][name]['ratio']:.2f}",
                     f"{peer['ratio']:.2f}" if peer else "–",
                     f"{own['error']:.2%}",
                 )

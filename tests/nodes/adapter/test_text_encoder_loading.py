@@ -165,6 +165,7 @@ def test_every_type_of_the_tables_is_one_of_comfyuis(comfy: Any) -> None:
         "newbie",
         "kandinsky5",
         "kandinsky5_image",
+        "minimax",
     }
     assert named - set(types) <= newer
     for kind in ("CLIP_L", "T5_XXL", "QWEN25_7B", "GEMMA_2_2B", "LLAMA3_8"):
