@@ -43,7 +43,7 @@ TORCH_COMPANIONS = ("torchvision==0.28.0", "torchaudio==2.11.0")
 EXTRAS = ("gguf", "test", "kquants")
 TORCH_NAMES = {"torch", "torchvision", "torchaudio"}
 GIB = 2**30
-DISK_CPU, DISK_CUDA = 3 * GIB, 7 * GIB
+DISK_CPU, DISK_CUDA = 4 * GIB, 7 * GIB
 UNUSED_DAYS = 30
 ADVICE = "Check the network and pip's configuration, then run the same command again."
 

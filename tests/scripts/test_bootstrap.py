@@ -83,7 +83,7 @@ def test_full_disk_is_told_before_anything_is_fetched(
 ) -> None:
     usage = type("Usage", (), {"free": 2**30})
     monkeypatch.setattr(bootstrap.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ScriptError, match=r"1.0 GiB free; 3 GiB are needed .* SNUG_CACHE"):
+    with pytest.raises(ScriptError, match=r"1.0 GiB free; 4 GiB are needed .* SNUG_CACHE"):
         bootstrap.check_disk(tmp_path)
 
 
