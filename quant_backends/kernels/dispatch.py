@@ -54,6 +54,10 @@ TRITON_NEEDS = Requirements(
     other_tokens=8,
 )
 
+# Older ones make hundreds of thousands of instructions of the kernel that rounds to 8 bits, which take minutes to
+# compile.
+ROUNDING_TRITON = (3, 9)
+
 _forced = AUTO
 Rounded = tuple[torch.Tensor, torch.Tensor]
 # Kernels that round to 8 bits are called so, and those for inputs of layers.
@@ -109,6 +113,12 @@ def _kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     if _forced == TRITON:
         raise SnugError(f"Triton's kernels cannot be used: {missing}.")
     return None
+
+
+def _rounding_kernels(device: torch.device) -> ModuleType | None:
+    """The same for the kernel that rounds to 8 bits."""
+    compiles = interprets_kernels() or triton_version() >= ROUNDING_TRITON
+    return _kernels(device, torch.float32) if compiles else None
 
 
 @functools.cache
@@ -263,7 +273,7 @@ def decode_changed_by_kernel(
 
 def rounds_by_kernel(packed: PackedTensor, device: torch.device) -> bool:
     """Whether the rows of a weight like this one are rounded to 8 bits in one pass on `device`, as far as is known."""
-    if _kernels(device, torch.float32) is None:
+    if _rounding_kernels(device) is None:
         return False
     is_out = any(key[:2] == (_ROUND, packed.format.name) for key in _fails)
     return not is_out and operands.rounding_constants(packed.format, tuple(packed.shape)) is not None
@@ -275,7 +285,7 @@ def round_weight_by_kernel(packed: PackedTensor, stored: str, width: int) -> Rou
     stored: "int8" or "float8_e4m3fn"; width: of the groups of columns that are rotated first, 1 for none. The result is
     that of `rounding.exactly_rounded`.
     """
-    if _kernels(packed.data.device, torch.float32) is None:
+    if _rounding_kernels(packed.data.device) is None:
         return None
     found = operands.rounding_constants(packed.format, tuple(packed.shape))
     tensors = None if found is None else operands.tensors(packed, found)
@@ -287,7 +297,7 @@ def round_weight_by_kernel(packed: PackedTensor, stored: str, width: int) -> Rou
 def round_tokens_by_kernel(rows: torch.Tensor, stored: str, width: int) -> Rounded | None:
     """The same of rows [m, k] of float32, float16 or bfloat16. Infinities make the scale of their row infinite."""
     fmt = _PLAIN.get(rows.dtype)
-    if fmt is None or _kernels(rows.device, torch.float32) is None:
+    if fmt is None or _rounding_kernels(rows.device) is None:
         return None
     found = operands.rounding_constants(fmt, tuple(rows.shape))
     if found is None:

@@ -17,6 +17,7 @@ from snug.quant_backends.kernels.dispatch import TORCH
 from snug.quant_backends.kernels.gpu import operands
 from snug.quant_backends.kernels.linear import linear
 
+CPU = torch.device("cpu")
 Kernels = Callable[..., None]
 
 
@@ -121,6 +122,23 @@ def test_trying_a_devices_product_asks_for_no_kernel_on_the_cpu(stored: str) -> 
     with dispatch.using(dispatch.TRITON):
         problem = device_products._problem(nothing, torch.device("cpu"), torch.float32, stored, 1)
     assert problem is not None and problem == "an error of 100.0%"
+
+
+@pytest.mark.parametrize(("version", "is_used"), [((3, 7), False), ((3, 9), True)])
+def test_old_triton_is_not_asked_to_compile_the_rounding_kernel(
+    version: tuple[int, int], is_used: bool, use_kernels: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton 3.7, of torch 2.13, makes 328,000 lines of it for IQ3_S, which take minutes."""
+    asked: list[str] = []
+    use_kernels()
+    module = SimpleNamespace(round_to_8_bits=lambda *_, **__: asked.append("round"))
+    monkeypatch.setattr(dispatch, "_launch_module", lambda: module)
+    monkeypatch.setattr(dispatch, "triton_version", lambda: version)
+    monkeypatch.setattr(dispatch, "interprets_kernels", lambda: False)
+    assert dispatch.rounds_by_kernel(ones(), CPU) == is_used
+    dispatch.round_weight_by_kernel(ones(), "int8", 1)
+    dispatch.round_tokens_by_kernel(torch.ones(2, 64), "int8", 1)
+    assert bool(asked) == is_used
 
 
 def _refuse(*_: object) -> None:
