@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_device import DEVICE, KEEPS_SIGN_OF_ZERO, needs_kernels, on_device
+from kernel_device import DEVICE, needs_kernels, on_device
 from random_packed import random_packed
 from snug.quant_backends.core.errors import SnugError
 from snug.quant_backends.core.packed import PackedTensor
@@ -52,8 +52,6 @@ SCALED = [
 
 
 def bits(values: torch.Tensor) -> torch.Tensor:
-    if not KEEPS_SIGN_OF_ZERO:
-        values = torch.where(values == 0, 0, values)
     return torch.where(values.isnan(), torch.nan, values).cpu().view(torch.uint8)
 
 

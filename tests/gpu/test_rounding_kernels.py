@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_device import DEVICE, KEEPS_SIGN_OF_ZERO, needs_kernels, on_device
+from kernel_device import DEVICE, needs_kernels, on_device
 from random_packed import random_packed
 from snug.quant_backends.core.packed import PackedTensor
 from snug.quant_backends.formats import FORMATS
@@ -54,14 +54,7 @@ def assert_same(found: Rounded | None, expected: Rounded) -> None:
     assert codes.dtype == expected[0].dtype and codes.shape == expected[0].shape
     assert torch.equal(scales.nan_to_num(nan=-1), expected[1].nan_to_num(nan=-1))
     seen = expected[1].isfinite()
-    assert torch.equal(_bits(codes)[seen], _bits(expected[0])[seen])
-
-
-def _bits(codes: torch.Tensor) -> torch.Tensor:
-    bits = codes.view(torch.int8)
-    return (
-        bits if KEEPS_SIGN_OF_ZERO or codes.dtype == torch.int8 else torch.where(codes.float() == 0, 0, bits)
-    )
+    assert torch.equal(codes.view(torch.int8)[seen], expected[0].view(torch.int8)[seen])
 
 
 def assert_rounded(packed: PackedTensor, stored: str, width: int) -> None:

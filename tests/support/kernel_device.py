@@ -6,13 +6,10 @@ import os
 
 import pytest
 import torch
-from snug.quant_backends.core.device import triton_version
 from snug.quant_backends.core.packed import PackedTensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda")
-# Triton 3.7 makes 0 - x of -x, which for 0 is 0 and not -0.
-KEEPS_SIGN_OF_ZERO = triton_version() >= (3, 9)
 needs_kernels = [
     pytest.mark.gpu,
     pytest.mark.skipif(

@@ -33,6 +33,12 @@ def _nibbles(data, block, valid, START: tl.constexpr, BYTES: tl.constexpr):
 
 
 @triton.jit
+def _negative(values):
+    """-values, and -0 of 0: Triton before 3.9 subtracts from 0, which gives 0."""
+    return values * -1.0
+
+
+@triton.jit
 def _scales_and_minima(data, block, valid, BYTES: tl.constexpr):
     """(scales, minima below zero) of the eight runs of Q4_K and Q5_K: two float32 [n, 8]."""
     run = tl.arange(0, 8)[None, :]
@@ -42,14 +48,14 @@ def _scales_and_minima(data, block, valid, BYTES: tl.constexpr):
     scale = tl.where(run < 4, first & 63, (last & 15) | (first >> 6 << 4))
     least = tl.where(run < 4, second & 63, (last >> 4) | (second >> 6 << 4))
     d, dmin = half(data, block, valid, 0, BYTES), half(data, block, valid, 2, BYTES)
-    return d * scale.to(tl.float32), -(dmin * least.to(tl.float32))
+    return d * scale.to(tl.float32), _negative(dmin * least.to(tl.float32))
 
 
 @triton.jit
 def q2_k(data, block, valid, ROWS: tl.constexpr):
     packed = byte(data, block, valid, tl.arange(0, 16)[None, :], 0, 84)
     scale = half(data, block, valid, 80, 84) * (packed & 15).to(tl.float32)
-    least = -(half(data, block, valid, 82, 84) * (packed >> 4).to(tl.float32))
+    least = _negative(half(data, block, valid, 82, 84) * (packed >> 4).to(tl.float32))
     return scaled_above(unsigned_bytes(_bit_pairs(data, block, valid, 16, 84), ROWS, 16), scale, least)
 
 
